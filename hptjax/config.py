@@ -1,0 +1,289 @@
+"""What can be set: every field of a run, its default (the quickstart's) and its meaning.
+
+A TOML file in `configs/` sets fields by section; the command line sets any of them again (`--train.steps 50`).
+`hptjax.config_load` reads both, `hptjax.config_check` compares fields with each other. Only the composition root
+(`hptjax.build`) and the commands see a `Config`; everything below takes plain values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from hptjax.config_text import struct_list
+
+Method = Literal["hpt", "sft", "grpo"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """A stage that runs before the last one, through the same loop."""
+
+    method: Method  # hpt, sft or grpo
+    steps: int  # rollout batches of this stage
+    learning_rate: float | None = None  # None: optimizer.learning_rate
+    questions_per_step: int | None = None  # None: data.questions_per_step
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardFunction:
+    """A reward by name, with its weight in the sum."""
+
+    name: str  # "verify" is the task's own verifier
+    weight: float = 1.0  # rewards add as weight x value
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeConfig:
+    """Sizes of a decoder trained from scratch; read only where `model.path` is not set."""
+
+    hidden_size: int = 128  # D
+    num_layers: int = 4  # L
+    num_heads: int = 4  # H
+    num_kv_heads: int = 2  # K, divides H
+    head_dim: int = 32  # E, even
+    mlp_size: int = 384  # F
+    rope_theta: float = 10_000.0
+    qk_norm: bool = True  # Qwen3 style
+    attention_bias: bool = False  # Qwen2 style
+    tie_embeddings: bool = True
+    max_positions: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The model that the run starts from."""
+
+    path: str | None = None  # folder in the Hugging Face layout; None: from scratch, with `model.shape`
+    tokenizer: str | None = None  # folder of the tokenizer; None: the same as `model.path`
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
+    remat: bool = False  # recompute activations in the backward pass: slower, less memory
+    logprob_chunk_tokens: int = 2048  # tokens whose logits exist at the same time
+    shape: ShapeConfig = dataclasses.field(default_factory=ShapeConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """The problems: a generator with a solver, a writer of demonstrations and a verifier."""
+
+    name: Literal["countdown"] = "countdown"
+    instances: int = 12_000  # distinct problems generated, before they are split
+    seed: int = 0  # of the generator; the run's own seed is `seed`
+    numbers: int = 3  # how many numbers a problem gives, 2 to 5
+    low: int = 1  # smallest number
+    high: int = 20  # largest number
+    target_low: int = 1  # smallest target
+    target_high: int = 60  # largest target
+    operators: str = "+-*/"
+    negative: bool = False  # whether a value may be negative
+    max_value: int = 9999  # no value of a demonstration exceeds it
+    style: Literal["random", "first"] = "random"  # which of the solutions a demonstration shows
+    shuffle: bool = True  # whether a prompt lists its numbers in random order
+
+
+@dataclasses.dataclass(frozen=True)
+class FractionsConfig:
+    """Shares of all problems; the base model is trained on a share that nothing else uses."""
+
+    base: float = 0.4
+    train: float = 0.4
+    validation: float = 0.1
+    test: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Seeded splits, disjoint by canonical instance."""
+
+    train_split: Literal["train", "base"] = "train"  # "base": this run makes the base model
+    train_questions: int = 4096  # at most so many are kept of each split
+    validation_questions: int = 512  # choose the best checkpoint
+    test_questions: int = 1024  # only for the final figures
+    fractions: FractionsConfig = dataclasses.field(default_factory=FractionsConfig)
+    split_seed: int = 0  # of the splits
+    questions_per_step: int = 64  # P
+    max_prompt_tokens: int = 24  # longer questions are dropped and counted
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling. The sizes are compiled shapes and are stored with each sample."""
+
+    group_size: int = 8  # G, rollouts per question
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    max_completion_tokens: int = 24  # limit of a completion, stop token and forced prefix included
+    slots: int = 256  # rows decoded together
+    prefill_rows: int = 32  # prompts prefilled together
+    prompt_buckets: tuple[int, ...] = (24,)  # padded prompt lengths, ascending
+    tokens_per_call: int = 8  # tokens decoded per call from the host
+    cache_capacity: int = 48  # positions of the KV cache per slot
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """Verification in killable worker processes."""
+
+    functions: Annotated[tuple[RewardFunction, ...], struct_list(RewardFunction)] = (RewardFunction("verify"),)
+    workers: int = 1  # processes
+    deadline_s: float = 5.0  # per completion; past it the worker is killed, counted, reward 0
+
+
+@dataclasses.dataclass(frozen=True)
+class HptConfig:
+    """The objective: who decides between SFT and RL, and what one token of each weighs."""
+
+    gate: int = 0  # SFT where at most this many of the group solved; -1: pure RL; group_size: pure SFT
+    preset: Literal["official_fixed", "official", "paper"] = "official_fixed"  # the reducers
+    rl_estimator: Literal["dr_grpo", "grpo", "reinforce", "ppo"] = "dr_grpo"
+    clip_low: float | None = None  # ratio below 1 - clip_low is masked where the advantage is negative
+    clip_high: float | None = None  # ratio above 1 + clip_high is masked where the advantage is positive
+    sft_coefficient: float = 1.0
+    rl_coefficient: float = 1.0
+    entropy_coefficient: float = 0.0  # 0.001 in the published recipes
+    kl_coefficient: float = 0.0  # to the model the run starts from
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    mask_overlong: bool = False  # weight 0 for completions that met their limit
+    ranks: int = 8  # preset "official" only: data-parallel ranks of the published script
+    logical_micro_tokens: int = 32_768  # preset "official" only: tokens of one of its micro-batches
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """The compiled shape of one forward and backward pass, and how many an update may take."""
+
+    rows: int = 64  # B
+    row_tokens: int = 128  # T
+    max_segments: int = 8  # S, samples in a row
+    max_micro_batches: int = 16  # M, per update
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipping; schedules count optimizer steps."""
+
+    learning_rate: float = 2e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    decay_steps: int | None = None  # None: the stage's own steps
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0  # global gradient norm
+    skip_norm: float | None = None  # an update with a larger norm is skipped and counted
+    nonfinite: Literal["raise", "skip_window"] = "raise"  # what a non-finite micro-batch does
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 60  # rollout batches of the last stage
+    updates_per_rollout_batch: int = 1  # optimizer updates per step; the later ones are off-policy
+    eval_every: int = 20  # steps; 0: only at the start and the end
+    probe_every: int = 10  # steps between gradient-norm probes per objective; 0: never
+    rollouts_every: int = 10  # steps between rollout files; 0: never
+    panel_questions: int = 8  # a fixed panel of questions followed over time
+    log_every: int = 1  # steps between lines on the screen
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    questions: int = 128  # validation questions of an evaluation during the run
+    samples_per_question: int = 8
+    temperature: float = 1.0
+    train_questions: int = 128  # training questions evaluated beside them at the start and the end
+    ks: tuple[int, ...] = (1, 8)  # pass@k
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept, and for how long."""
+
+    every_steps: int = 10
+    keep_last: int = 2
+    keep_best: int = 1  # by `metric`, on validation questions
+    metric: str = "validation/pass@1"  # larger is better
+    export_folder: str | None = None  # the final model goes here, in the Hugging Face layout
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; data x tensor devices are used."""
+
+    data: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TelemetryConfig:
+    """Where metrics go beside metrics.jsonl, which is always written."""
+
+    tensorboard: bool = True
+    wandb: bool = False  # needs the extra: pip install 'hptjax[wandb]'
+    progress: bool = True  # the progress line
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run: where it starts, what it learns from, how, and for how long."""
+
+    name: str = "quickstart"  # the run folder is `runs_dir`/`name`
+    seed: int = 0
+    method: Method = "hpt"  # of the last stage
+    stages: Annotated[tuple[StageConfig, ...], struct_list(StageConfig)] = ()  # stages before the last one
+    runs_dir: str = "runs"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    hpt: HptConfig = dataclasses.field(default_factory=HptConfig)
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    telemetry: TelemetryConfig = dataclasses.field(default_factory=TelemetryConfig)
+
+
+# A run folder may be opened again with these changed: none of them reaches a number that the run computes.
+MAY_CHANGE = ("telemetry.", "runs_dir", "train.log_every")
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Every field with its value, as JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The fields that differ between two resolved configs, as `"train.steps: 50 -> 60"`; sorted.
+
+    Fields that may change within a run folder (`MAY_CHANGE`) are left out. `train.steps` is not among them: the
+    schedules and the summary are made for a fixed number of steps.
+    """
+    before, after = flatten(old), flatten(new)
+    names = sorted(before.keys() | after.keys())
+    return [
+        f"{name}: {json.dumps(before.get(name))} -> {json.dumps(after.get(name))}"
+        for name in names
+        if not name.startswith(MAY_CHANGE) and before.get(name) != after.get(name)
+    ]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keyed by dotted path. Lists are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

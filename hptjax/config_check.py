@@ -1,0 +1,303 @@
+"""The fields compared with their ranges and with each other, in one function, before anything runs."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from hptjax.config import Config, flatten, resolved
+
+AT_LEAST_ONE = (
+    "task.instances data.train_questions data.validation_questions data.test_questions data.questions_per_step "
+    "data.max_prompt_tokens "
+    "rollout.group_size rollout.max_completion_tokens rollout.slots rollout.prefill_rows rollout.tokens_per_call "
+    "rollout.cache_capacity reward.workers batch.rows batch.row_tokens batch.max_segments batch.max_micro_batches "
+    "train.steps train.updates_per_rollout_batch train.log_every eval.questions eval.samples_per_question "
+    "checkpoint.every_steps checkpoint.keep_last mesh.data mesh.tensor model.logprob_chunk_tokens hpt.ranks "
+    "hpt.logical_micro_tokens model.shape.hidden_size model.shape.num_layers model.shape.num_heads "
+    "model.shape.num_kv_heads model.shape.head_dim model.shape.mlp_size model.shape.max_positions"
+).split()
+AT_LEAST_ZERO = (
+    "seed task.seed task.low task.target_low task.max_value data.split_seed rollout.top_k hpt.sft_coefficient hpt.rl_coefficient hpt.entropy_coefficient "
+    "hpt.kl_coefficient optimizer.warmup_steps optimizer.weight_decay train.eval_every train.probe_every "
+    "train.rollouts_every train.panel_questions eval.train_questions checkpoint.keep_best"
+).split()
+ABOVE_ZERO = (
+    "rollout.temperature rollout.top_p reward.deadline_s optimizer.learning_rate optimizer.eps eval.temperature "
+    "optimizer.clip_norm optimizer.skip_norm hpt.clip_low hpt.clip_high optimizer.decay_steps model.shape.rope_theta"
+).split()
+
+
+def check(config: Config) -> None:
+    """Nothing, where the fields make a run possible.
+
+    Raises
+      ValueError: a field is out of its range, or two contradict each other. The message says what was expected, what
+        came and which field to change.
+    """
+    _check_ranges(config)
+    _check_names(config)
+    _check_task_and_data(config)
+    _check_rollout(config)
+    _check_objective(config)
+    _check_batch(config)
+    _check_stages(config)
+    _check_optimizer(config)
+    _check_evaluation(config)
+    _check_mesh(config)
+
+
+def samples_per_update(config: Config, *, method: str, questions: int) -> int:
+    """The most samples an update of `method` can hold: a demonstration or a whole group per question."""
+    per_question = 1 if method == "sft" else config.rollout.group_size
+    return questions // config.train.updates_per_rollout_batch * per_question
+
+
+def micro_batches_needed(config: Config, *, samples: int) -> int:
+    """Micro-batches that hold `samples` samples of the greatest length, packed by any rule that fills open rows.
+
+    A row that refuses a sample of at most `longest` tokens already holds `row_tokens // longest` samples (or
+    `max_segments`), so ceil(samples / that) rows are enough whatever the lengths are.
+    """
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    per_row = min(config.batch.max_segments, config.batch.row_tokens // longest)
+    return math.ceil(math.ceil(samples / per_row) / config.batch.rows)
+
+
+def _refuse(expected: str, got: str, change: str) -> None:
+    raise ValueError(f"expected {expected}, got {got}; change {change}.")
+
+
+def _check_ranges(config: Config) -> None:
+    values = flatten(resolved(config))
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            _refuse(f"a finite {name}", f"{value}", name)
+    for names, holds, words in (
+        (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (AT_LEAST_ZERO, lambda value: value >= 0, "at least 0"),
+        (ABOVE_ZERO, lambda value: value > 0, "above 0"),
+    ):
+        for name in names:
+            if values[name] is not None and not holds(values[name]):
+                _refuse(f"{name} {words}", f"{values[name]}", name)
+
+
+def _check_names(config: Config) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        _refuse("a name of letters, digits, '.', '_' and '-' (it names the run folder)", repr(config.name), "name")
+    if config.model.path is None and config.model.tokenizer is None:
+        _refuse(
+            "a model folder, or a tokenizer folder for a model from scratch", "neither", "model.path or model.tokenizer"
+        )
+    shape = config.model.shape
+    if shape.num_heads % shape.num_kv_heads:
+        _refuse(
+            "model.shape.num_heads to be a multiple of model.shape.num_kv_heads",
+            f"{shape.num_heads} and {shape.num_kv_heads}",
+            "model.shape.num_kv_heads",
+        )
+    if shape.head_dim % 2:
+        _refuse(
+            "an even model.shape.head_dim (rotary positions turn pairs)", f"{shape.head_dim}", "model.shape.head_dim"
+        )
+
+
+def _check_task_and_data(config: Config) -> None:
+    task, data = config.task, config.data
+    if not 2 <= task.numbers <= 5:
+        _refuse("task.numbers in 2..5", f"{task.numbers}", "task.numbers")
+    if not task.operators or set(task.operators) - set("+-*/"):
+        _refuse("task.operators made of + - * /", repr(task.operators), "task.operators")
+    shares = flatten(resolved(config)["data"]["fractions"])
+    if min(shares.values()) < 0 or sum(shares.values()) > 1 + 1e-9:
+        _refuse("data.fractions of at least 0 that sum to at most 1", f"{shares}", "data.fractions")
+    for name in (data.train_split, "validation", "test"):
+        if shares[name] == 0:
+            _refuse(f"a {name} split that is not empty", "a fraction of 0", f"data.fractions.{name}")
+    for low, first, high, second in (
+        ("low", task.low, "high", task.high),
+        ("target_low", task.target_low, "target_high", task.target_high),
+    ):
+        if first > second:
+            _refuse(f"task.{low} <= task.{high}", f"{first} and {second}", f"task.{low} or task.{high}")
+    largest = max([data.questions_per_step, *(stage.questions_per_step or 0 for stage in config.stages)])
+    if largest > data.train_questions:
+        _refuse(
+            "at least as many training questions as one step takes, or no batch can be filled",
+            f"data.train_questions {data.train_questions} for {largest} per step",
+            "data.train_questions or data.questions_per_step",
+        )
+    if config.train.panel_questions > data.train_questions:
+        _refuse(
+            "a panel no larger than the training questions",
+            f"train.panel_questions {config.train.panel_questions} of {data.train_questions}",
+            "train.panel_questions",
+        )
+
+
+def _check_rollout(config: Config) -> None:
+    rollout, data = config.rollout, config.data
+    buckets = rollout.prompt_buckets
+    if not buckets or min(buckets) < 1 or list(buckets) != sorted(set(buckets)):
+        _refuse(
+            "rollout.prompt_buckets as ascending lengths of at least 1", f"{list(buckets)}", "rollout.prompt_buckets"
+        )
+    if buckets[-1] < data.max_prompt_tokens:
+        _refuse(
+            f"a last prompt bucket that holds data.max_prompt_tokens ({data.max_prompt_tokens})",
+            f"{buckets[-1]}",
+            "rollout.prompt_buckets or data.max_prompt_tokens",
+        )
+    needed = buckets[-1] + rollout.max_completion_tokens
+    if rollout.cache_capacity < needed:
+        _refuse(
+            f"rollout.cache_capacity of at least {needed} (last prompt bucket {buckets[-1]} + "
+            f"rollout.max_completion_tokens {rollout.max_completion_tokens})",
+            f"{rollout.cache_capacity}",
+            "rollout.cache_capacity",
+        )
+    if rollout.top_p > 1:
+        _refuse("rollout.top_p in (0, 1]", f"{rollout.top_p}", "rollout.top_p")
+    functions = config.reward.functions
+    names = [function.name for function in functions]
+    if not functions or len(set(names)) != len(names):
+        _refuse("one or more reward functions with distinct names", f"{names}", "reward.functions")
+    if not all(math.isfinite(function.weight) for function in functions) or not any(f.weight for f in functions):
+        weights = [function.weight for function in functions]
+        _refuse("finite reward weights, not all 0", f"{weights}", "reward.functions")
+
+
+def _check_objective(config: Config) -> None:
+    hpt, group_size = config.hpt, config.rollout.group_size
+    if not -1 <= hpt.gate <= group_size:
+        _refuse(f"hpt.gate in -1..{group_size} (rollout.group_size)", f"{hpt.gate}", "hpt.gate")
+    if (hpt.clip_low is None) != (hpt.clip_high is None):
+        _refuse(
+            "both of hpt.clip_low and hpt.clip_high, or neither",
+            f"{hpt.clip_low} and {hpt.clip_high}",
+            "hpt.clip_low and hpt.clip_high",
+        )
+    if hpt.clip_low is not None and hpt.clip_low > 1:
+        _refuse("hpt.clip_low in (0, 1]", f"{hpt.clip_low}", "hpt.clip_low")
+    if hpt.rl_estimator in ("ppo", "grpo") and hpt.clip_low is None:
+        _refuse(
+            f"a clip range for hpt.rl_estimator '{hpt.rl_estimator}'",
+            "none",
+            "hpt.clip_low and hpt.clip_high (0.2 each is usual), or hpt.rl_estimator",
+        )
+    if hpt.rl_estimator == "reinforce" and hpt.clip_low is not None:
+        _refuse(
+            "no clip range for hpt.rl_estimator 'reinforce' (its ratio is 1)",
+            f"{hpt.clip_low}, {hpt.clip_high}",
+            "hpt.clip_low and hpt.clip_high",
+        )
+    if config.method != "sft" and hpt.rl_coefficient == 0 and (config.method == "grpo" or hpt.sft_coefficient == 0):
+        _refuse("an objective that is not 0", "coefficients of 0", "hpt.rl_coefficient or hpt.sft_coefficient")
+    if config.method == "sft" and hpt.sft_coefficient == 0:
+        _refuse("an objective that is not 0", "hpt.sft_coefficient 0", "hpt.sft_coefficient")
+
+
+def _check_batch(config: Config) -> None:
+    batch = config.batch
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    if batch.row_tokens < longest:
+        _refuse(
+            f"batch.row_tokens of at least {longest} (data.max_prompt_tokens + rollout.max_completion_tokens)",
+            f"{batch.row_tokens}",
+            "batch.row_tokens",
+        )
+    for place, method, questions in steps_of(config):
+        if questions % config.train.updates_per_rollout_batch:
+            _refuse(
+                f"questions per step of {place} to be a multiple of train.updates_per_rollout_batch "
+                f"({config.train.updates_per_rollout_batch})",
+                f"{questions}",
+                "data.questions_per_step or train.updates_per_rollout_batch",
+            )
+        samples = samples_per_update(config, method=method, questions=questions)
+        needed = micro_batches_needed(config, samples=samples)
+        if needed > batch.max_micro_batches:
+            _refuse(
+                f"batch.max_micro_batches of at least {needed} for {place} ({samples} samples of up to {longest} "
+                f"tokens in micro-batches of {batch.rows} x {batch.row_tokens})",
+                f"{batch.max_micro_batches}",
+                "batch.max_micro_batches, batch.rows or data.questions_per_step",
+            )
+
+
+def steps_of(config: Config) -> list[tuple[str, str, int]]:
+    """(where it is set, method, questions per step) of every stage, the last one included."""
+    questions = config.data.questions_per_step
+    stages = [
+        (f"stages.{i}", stage.method, stage.questions_per_step or questions) for i, stage in enumerate(config.stages)
+    ]
+    return [*stages, ("the last stage", config.method, questions)]
+
+
+def _check_stages(config: Config) -> None:
+    for i, stage in enumerate(config.stages):
+        if stage.steps < 1:
+            _refuse("a stage of at least 1 step", f"{stage.steps}", f"stages.{i}.steps")
+        if stage.learning_rate is not None and not (math.isfinite(stage.learning_rate) and stage.learning_rate > 0):
+            _refuse("a learning rate above 0", f"{stage.learning_rate}", f"stages.{i}.learning_rate")
+        if stage.questions_per_step is not None and stage.questions_per_step < 1:
+            _refuse("at least 1 question per step", f"{stage.questions_per_step}", f"stages.{i}.questions_per_step")
+
+
+def _check_optimizer(config: Config) -> None:
+    optimizer = config.optimizer
+    for name, value in (("b1", optimizer.b1), ("b2", optimizer.b2)):
+        if not 0 <= value < 1:
+            _refuse(f"optimizer.{name} in [0, 1)", f"{value}", f"optimizer.{name}")
+    updates = optimizer.decay_steps or config.train.steps * config.train.updates_per_rollout_batch
+    if optimizer.schedule != "constant" and optimizer.warmup_steps >= updates:
+        _refuse(
+            f"a warm-up shorter than the schedule ({updates} optimizer steps)",
+            f"{optimizer.warmup_steps}",
+            "optimizer.warmup_steps or optimizer.decay_steps",
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation, data = config.eval, config.data
+    if not evaluation.ks or min(evaluation.ks) < 1 or max(evaluation.ks) > evaluation.samples_per_question:
+        _refuse(
+            f"eval.ks within 1..{evaluation.samples_per_question} (eval.samples_per_question)",
+            f"{list(evaluation.ks)}",
+            "eval.ks or eval.samples_per_question",
+        )
+    if evaluation.questions > data.validation_questions:
+        _refuse(
+            f"eval.questions of at most data.validation_questions ({data.validation_questions})",
+            f"{evaluation.questions}",
+            "eval.questions or data.validation_questions",
+        )
+    if evaluation.train_questions > data.train_questions:
+        _refuse(
+            f"eval.train_questions of at most data.train_questions ({data.train_questions})",
+            f"{evaluation.train_questions}",
+            "eval.train_questions",
+        )
+    if "test" in config.checkpoint.metric.split("/")[0]:
+        _refuse(
+            "a validation metric to choose checkpoints by (test questions are for the final figures only)",
+            repr(config.checkpoint.metric),
+            "checkpoint.metric",
+        )
+
+
+def _check_mesh(config: Config) -> None:
+    for name, rows in (
+        ("batch.rows", config.batch.rows),
+        ("rollout.slots", config.rollout.slots),
+        ("rollout.prefill_rows", config.rollout.prefill_rows),
+    ):
+        if rows % config.mesh.data:
+            _refuse(f"{name} to be a multiple of mesh.data ({config.mesh.data})", f"{rows}", f"{name} or mesh.data")
+    if config.model.path is None and config.model.shape.num_kv_heads % config.mesh.tensor:
+        _refuse(
+            f"model.shape.num_kv_heads to be a multiple of mesh.tensor ({config.mesh.tensor})",
+            f"{config.model.shape.num_kv_heads}",
+            "mesh.tensor",
+        )

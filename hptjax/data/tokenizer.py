@@ -1,0 +1,121 @@
+"""Text to tokens and back, with a Hugging Face tokenizer from a local folder.
+
+A prompt is `<bos>` (where the tokenizer has one) and its text; a demonstration is its text and the stop token. A text
+that cannot be encoded without loss of meaning is refused here, so nothing downstream meets an unknown token.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+Tokenizer = Any  # a transformers.PreTrainedTokenizerBase; transformers is imported only where one is loaded
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder. Local files only; code that lies in the folder is never run.
+
+    Raises
+      no such folder -> FileNotFoundError; a tokenizer without a stop token -> ValueError.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer_config.json").is_file():
+        raise FileNotFoundError(
+            f"expected a tokenizer (tokenizer_config.json, tokenizer.json) in {folder}, found none; set model.folder to "
+            f"a Hugging Face model folder on this machine"
+        )
+    tokenizer = _transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"expected the tokenizer in {folder} to have an eos_token, which ends a completion; got none")
+    return tokenizer
+
+
+def make_character_tokenizer(symbols: str, folder: str | Path) -> Tokenizer:
+    """Writes a tokenizer with one token per character into a folder and returns it as `load_tokenizer` reads it.
+
+    Ids: 0 pad, 1 bos, 2 eos, then the symbols in the given order. There is no unknown token, so a character outside
+    the symbols is an error, never a token.
+    """
+    import tokenizers
+
+    if not symbols or len(set(symbols)) != len(symbols):
+        raise ValueError(f"expected distinct symbols, at least one, got {symbols!r}")
+    vocabulary = {token: index for index, token in enumerate((PAD, BOS, EOS, *symbols))}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    tokenizer = _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(folder))
+    return load_tokenizer(folder)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool = True) -> Int[np.ndarray, " p"]:
+    """The prompt's tokens, after `<bos>` if the tokenizer has one and `add_bos` asks for it; int32."""
+    start = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
+    return np.asarray(start + _encode(tokenizer, text), np.int32)
+
+
+def encode_demonstration(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " c"]:
+    """The demonstration's tokens and the stop token; int32. It is not cut: `prepare_questions` drops what is too long."""
+    return np.asarray([*_encode(tokenizer, text), tokenizer.eos_token_id], np.int32)
+
+
+def decode(tokenizer: Tokenizer, tokens: Int[np.ndarray, " c"]) -> str:
+    """The text of a completion. Special tokens at its end (stop token, padding) are dropped.
+
+    Special tokens elsewhere stay visible as their text, because a verifier must not take `12-<bos>3` for `12-3`.
+    """
+    ids = np.asarray(tokens).tolist()
+    special = set(tokenizer.all_special_ids)
+    while ids and ids[-1] in special:
+        ids.pop()
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def stop_ids(tokenizer: Tokenizer, extra: tuple[int, ...] = ()) -> frozenset[int]:
+    """The tokens that end a completion: the tokenizer's eos and any extra ones that a chat format adds."""
+    return frozenset({tokenizer.eos_token_id, *extra})
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for an unknown character
+        raise _cannot_encode(tokenizer, text) from error
+    outside = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id} - {None}
+    if outside.intersection(ids):
+        raise _cannot_encode(tokenizer, text)
+    return ids
+
+
+def _cannot_encode(tokenizer: Tokenizer, text: str) -> ValueError:
+    vocabulary = tokenizer.get_vocab()
+    unknown = sorted({character for character in text if character not in vocabulary})
+    return ValueError(
+        f"expected text that the tokenizer can represent, without special tokens written out; got {text[:80]!r}, where "
+        f"these characters are not in its vocabulary: {unknown}; change task.name or model.folder so that they fit"
+    )
+
+
+def _transformers() -> Any:
+    """The transformers package, without the notice that there is no torch: none is wanted."""
+    logger = logging.getLogger("transformers")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "PyTorch was not found" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        import transformers
+    finally:
+        logger.removeFilter(keep)
+    return transformers

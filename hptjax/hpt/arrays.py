@@ -1,0 +1,107 @@
+"""The arrays of an update's micro-batches: a layout of samples becomes `MicroBatch`es. Nothing is decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from hptjax.hpt.terms import TermValues
+from hptjax.records import Sample, Source
+from hptjax.types import MicroBatch, TermPlane
+
+
+def micro_batch_arrays(
+    samples: Sequence[Sample],
+    layout: Sequence[Sequence[Sequence[int]]],
+    values: Mapping[str, TermValues],
+    *,
+    active: frozenset[str],
+    planned_tokens: Int[np.ndarray, " M"],
+    rows: int,
+    row_tokens: int,
+    max_segments: int,
+) -> tuple[MicroBatch, ...]:
+    """The arrays: every micro-batch is a view into one array per field, filled by flat indices.
+
+    Args
+      layout: micro-batch -> row -> places in `samples`; each place once.
+      values: term name -> what it says about each sample; becomes one plane.
+      active: the terms whose tokens are live.
+      planned_tokens: goes into every micro-batch as it is.
+    Returns padding with token 0, segment 0, weight 0 and mask False.
+    """
+    count = len(samples)
+    prompts = np.asarray([len(s.prompt_tokens) for s in samples], np.int64)
+    completions = np.asarray([len(s.completion_tokens) for s in samples], np.int64)
+    lengths = prompts + completions - 1
+    base, segment = np.zeros(count, np.int64), np.zeros(count, np.int64)  # flat first position; place among segments
+    for m, group in enumerate(layout):
+        for r, members in enumerate(group):
+            offset = (m * rows + r) * row_tokens
+            for seat, i in enumerate(members):
+                base[i], segment[i] = offset, (m * rows + r) * max_segments + seat
+                offset += int(lengths[i])
+
+    def positions_array(dtype: type) -> np.ndarray:
+        return np.zeros(len(layout) * rows * row_tokens, dtype)
+
+    def segments_array(fill: float, dtype: type, entries: np.ndarray) -> np.ndarray:
+        array = np.full(len(layout) * rows * max_segments, fill, dtype)
+        array[segment] = entries
+        return array.reshape(len(layout), rows, max_segments)
+
+    def cut(array: np.ndarray) -> np.ndarray:
+        return array.reshape(len(layout), rows, row_tokens)
+
+    inputs, targets, positions, segment_ids = (positions_array(np.int32) for _ in range(4))
+    sampler_logprobs, mask = positions_array(np.float32), positions_array(np.bool_)
+    if count:
+        stream = np.concatenate([part for s in samples for part in (s.prompt_tokens, s.completion_tokens)])
+        first = np.cumsum(prompts + completions) - (prompts + completions)
+        where, whence = _runs(base, lengths), _runs(first, lengths)
+        inputs[where], targets[where] = stream[whence], stream[whence + 1]
+        positions[where] = _runs(np.zeros(count, np.int64), lengths)
+        segment_ids[where] = np.repeat(segment % max_segments + 1, lengths)
+        sampler_logprobs[_runs(base + prompts - 1, completions)] = np.concatenate([s.sampler_logprobs for s in samples])
+    planes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, value in values.items():
+        run = value.stop - value.start
+        where = _runs(base + value.start, run)
+        weights, advantages = positions_array(np.float32), positions_array(np.float32)
+        weights[where] = np.repeat(value.token_weights, run)
+        advantages[where] = np.repeat(value.advantages, run)
+        planes[name] = (cut(weights), cut(advantages))
+        if name in active:
+            mask[where] = True
+    temperature = [1.0 if s.source == Source.DEMONSTRATION else s.temperature for s in samples]
+    temperatures = segments_array(1.0, np.float32, np.asarray(temperature, np.float32))
+    sample_index = segments_array(-1, np.int32, np.arange(count))
+    source = segments_array(-1, np.int32, np.asarray([int(s.source) for s in samples], np.int32))
+    rollout_logprobs, reference_logprobs = cut(positions_array(np.float32)), cut(positions_array(np.float32))
+    return tuple(
+        MicroBatch(
+            input_tokens=cut(inputs)[m],
+            target_tokens=cut(targets)[m],
+            positions=cut(positions)[m],
+            segment_ids=cut(segment_ids)[m],
+            completion_mask=cut(mask)[m],
+            planes={name: TermPlane(weights=w[m], advantages=a[m]) for name, (w, a) in planes.items()},
+            sampler_logprobs=cut(sampler_logprobs)[m],
+            rollout_logprobs=rollout_logprobs[m],
+            reference_logprobs=reference_logprobs[m],
+            temperature=temperatures[m],
+            sample_index=sample_index[m],
+            source=source[m],
+            micro_index=np.asarray(m, np.int32),
+            planned_tokens=planned_tokens,
+        )
+        for m in range(len(layout))
+    )
+
+
+def _runs(starts: Int[np.ndarray, " N"], counts: Int[np.ndarray, " N"]) -> Int[np.ndarray, " X"]:
+    """starts[0], starts[0] + 1, ... (counts[0] of them), then starts[1] ...: many ranges in one array."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))

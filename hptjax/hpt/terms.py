@@ -1,0 +1,170 @@
+"""One term of the objective on the host: whose tokens, how much, shared among whom, with which advantage.
+
+Everything here is decided on the whole update, before anything is dropped, packed or split. Afterwards nothing
+divides, so the gradients of micro-batches simply add.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from hptjax.losses.reducers import Population, Reducer
+from hptjax.records import Sample, SampleId, Source
+
+# (rewards [N] float64, group_ids [N] int) -> advantages [N] float64
+AdvantageFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# sample -> (start, stop): a run of its target positions, 0 <= start <= stop <= len(prompt) + len(completion) - 1
+SpanFn = Callable[[Sample], tuple[int, int]]
+
+
+def written_span(sample: Sample) -> tuple[int, int]:
+    """The tokens the sample's author wrote: the completion after the forced prefix; all of a demonstration's."""
+    forced = 0 if sample.source == Source.DEMONSTRATION else sample.prefix_len
+    return len(sample.prompt_tokens) - 1 + forced, target_length(sample)
+
+
+def completion_span(sample: Sample) -> tuple[int, int]:
+    """The whole completion, forced prefix included."""
+    return len(sample.prompt_tokens) - 1, target_length(sample)
+
+
+def prefix_span(sample: Sample) -> tuple[int, int]:
+    """The forced prefix only."""
+    start = len(sample.prompt_tokens) - 1
+    return start, start + sample.prefix_len
+
+
+def whole_span(sample: Sample) -> tuple[int, int]:
+    """Prompt and completion, but the first prompt token, which nothing predicts."""
+    return 0, target_length(sample)
+
+
+def target_length(sample: Sample) -> int:
+    """Target positions of a sample: the tokens of prompt and completion, less the first."""
+    return len(sample.prompt_tokens) + len(sample.completion_tokens) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One term of the objective, the host side of a `TermPlane`: sum of coefficient x reducer weight x loss.
+
+    Args
+      name: the plane's name in the micro-batch.
+      sources: samples of these sources are the term's population ...
+      coefficient: >= 0; at 0 the plane stays, all zeros, and makes no token live.
+      reducer: how the population's tokens share the coefficient, e.g. token mean; counts tokens of the whole update.
+      advantage: from rewards and group ids of the whole population; `advantages.ones` for SFT, entropy and KL.
+      population: ... of which this may keep a part.
+      span: which tokens of a sample; by default those its author wrote. Terms may cover the same tokens.
+    """
+
+    name: str
+    sources: frozenset[Source]
+    coefficient: float
+    reducer: Reducer
+    advantage: AdvantageFn
+    population: Callable[[Sample], bool] | None = None
+    span: SpanFn = written_span
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TermValues:
+    """What a term says about each of the N samples.
+
+    Args
+      start, stop: its run of target positions; equal where the sample is no member, or is dead.
+      token_weights: coefficient / normaliser for one token of the sample; 0 where the run is empty.
+      advantages: 0 where the weight is 0.
+    """
+
+    start: Int[np.ndarray, " N"]
+    stop: Int[np.ndarray, " N"]
+    token_weights: Float[np.ndarray, " N"]
+    advantages: Float[np.ndarray, " N"]
+
+
+def term_values(
+    term: Term,
+    samples: Sequence[Sample],
+    alive: Bool[np.ndarray, " N"],
+    *,
+    advantages: Mapping[SampleId, float] | None = None,
+    partition: Mapping[SampleId, int] | None = None,
+) -> TermValues:
+    """Token weights and advantages of a term for every sample of an update.
+
+    Advantages are taken over all members, dead ones too, so a group keeps its baseline. The reducer sees the dead
+    with no tokens: they share in no normaliser that counts tokens or sequences with tokens.
+
+    Args
+      alive: False keeps a sample in its group's statistics and out of the gradient.
+      advantages: given values instead of `term.advantage`, for estimators that need more than rewards.
+      partition: sample id -> logical micro-batch, for the reducers that ask for it.
+    Raises ValueError for a coefficient, weight or advantage that is negative (not the advantage) or not finite,
+      naming term and sample.
+    """
+    if not (np.isfinite(term.coefficient) and term.coefficient >= 0.0):
+        raise ValueError(f"term {term.name!r}: expected a finite coefficient >= 0, got {term.coefficient}")
+    count = len(samples)
+    start, stop = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    weights, values = np.zeros(count, np.float64), np.zeros(count, np.float64)
+    keep = term.population
+    members = [i for i, s in enumerate(samples) if s.source in term.sources and (keep is None or keep(s))]
+    for i in members:
+        if alive[i]:
+            start[i], stop[i] = term.span(samples[i])
+    tokens = stop - start
+    for i in np.flatnonzero((start < 0) | (tokens < 0)):
+        raise ValueError(f"term {term.name!r}: sample {samples[i].sample_id} has the span {start[i]}..{stop[i]}")
+    if tokens.any():
+        chosen = np.asarray(members, np.int64)
+        groups = np.asarray([samples[i].group_id for i in members], np.int64)
+        places = None if partition is None else np.asarray([partition[samples[i].sample_id] for i in members], np.int64)
+        share = term.reducer(Population(token_counts=tokens[chosen], group_ids=groups, partition=places))
+        weights[chosen] = term.coefficient * np.asarray(share, np.float64)
+        values[chosen] = _member_advantages(term, [samples[i] for i in members], groups, advantages)
+    weights = np.where(tokens > 0, weights, 0.0)
+    values = np.where(weights > 0.0, values, 0.0)
+    for i in np.flatnonzero(~(np.isfinite(weights) & (weights >= 0.0) & np.isfinite(values))):
+        raise ValueError(
+            f"term {term.name!r}: sample {samples[i].sample_id} has token weight {weights[i]} and advantage "
+            f"{values[i]}; expected finite values and a weight >= 0 (a sample that needs a reward may have none)"
+        )
+    return TermValues(start=start, stop=stop, token_weights=weights, advantages=values)
+
+
+def _member_advantages(
+    term: Term,
+    members: Sequence[Sample],
+    groups: Int[np.ndarray, " N"],
+    given: Mapping[SampleId, float] | None,
+) -> Float[np.ndarray, " N"]:
+    """The members' advantages: the given ones, or the term's own from the rewards of whole groups."""
+    if given is not None:
+        missing = [str(s.sample_id) for s in members if s.sample_id not in given]
+        if missing:
+            raise ValueError(f"term {term.name!r}: advantages were given, but none for the samples {missing[:5]}")
+        return np.asarray([given[s.sample_id] for s in members], np.float64)
+    rewards = np.asarray([np.nan if s.reward is None else s.reward for s in members], np.float64)
+    return np.asarray(term.advantage(rewards, groups), np.float64)
+
+
+def live_token_counts(values: Sequence[TermValues], count: int) -> Int[np.ndarray, " N"]:
+    """Live tokens per sample: the length of the union of the terms' runs, by interval arithmetic on the samples.
+
+    A second route to what the packed `completion_mask` shows; the witness is compared with sums of these.
+    """
+    if not values:
+        return np.zeros(count, np.int64)
+    starts = np.stack([v.start for v in values])  # [K N]
+    stops = np.stack([v.stop for v in values])  # [K N]
+    order = np.argsort(starts, axis=0, kind="stable")
+    live, reach = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    for start, stop in zip(np.take_along_axis(starts, order, 0), np.take_along_axis(stops, order, 0), strict=True):
+        live += np.maximum(stop - np.maximum(start, reach), 0)
+        reach = np.maximum(reach, stop)
+    return live

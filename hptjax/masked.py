@@ -1,0 +1,25 @@
+"""Means, in the one module that divides by a count.
+
+Sums and counts travel apart everywhere else; they meet here, once, where a figure is shown or a weight is fixed for
+a whole update.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def ratio(total: float, count: float) -> float:
+    """The mean `total / count`, or NaN where nothing was counted. Host side, float64."""
+    return float(total) / float(count) if count else float("nan")
+
+
+def inverse_count(count: float) -> float:
+    """`1 / count`, the weight that makes a sum a mean; 0 where nothing was counted, so an empty term contributes 0."""
+    return 1.0 / float(count) if count else 0.0
+
+
+def mean(values: np.ndarray) -> float:
+    """Mean of a host array over all its entries; NaN of an empty one."""
+    values = np.asarray(values, np.float64)
+    return ratio(values.sum(), values.size)

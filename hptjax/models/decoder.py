@@ -1,0 +1,249 @@
+"""One pure decoder for all dense families: parameters, training forward, prefill and one decode step.
+
+Parameters are a nested dict of float32 arrays; those under "layers" are stacked on axis 0 and scanned:
+
+    embedding [V D]   final_norm [D]   unembedding [D V] (absent when tied)
+    layers: attention_norm [L D]  query [L D H E]  key, value [L D K E]  output [L H E D]
+            query_bias [L H E]  key_bias, value_bias [L K E]   (attention_bias)
+            query_norm, key_norm [L E]                         (qk_norm)
+            mlp_norm [L D]  gate, up [L D F]  down [L F D]
+
+The model knows logical axis names and a `constrain` function, never a mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from hptjax.models.layers import Constrain, attention, attention_step, layer, rms_norm, unconstrained
+from hptjax.models.rope import rotation
+from hptjax.models.shape import DecoderConfig
+from hptjax.types import Array, Params
+
+EMBEDDING_STD = 0.02
+
+
+class Cache(NamedTuple):
+    """Rotated keys and values of the positions seen so far; what lies at or past a row's length is never read."""
+
+    keys: Float[Array, "L B C K E"]
+    values: Float[Array, "L B C K E"]
+
+
+def param_shapes(config: DecoderConfig) -> dict[str, Any]:
+    """The parameter tree with a shape tuple in the place of each array."""
+    V, D, L, F = config.vocab_size, config.hidden_size, config.num_layers, config.mlp_size
+    H, K, E = config.num_heads, config.num_kv_heads, config.head_dim
+    layers: dict[str, Any] = {
+        "attention_norm": (L, D),
+        "query": (L, D, H, E),
+        "key": (L, D, K, E),
+        "value": (L, D, K, E),
+        "output": (L, H, E, D),
+        "mlp_norm": (L, D),
+        "gate": (L, D, F),
+        "up": (L, D, F),
+        "down": (L, F, D),
+    }
+    if config.attention_bias:
+        layers |= {"query_bias": (L, H, E), "key_bias": (L, K, E), "value_bias": (L, K, E)}
+    if config.qk_norm:
+        layers |= {"query_norm": (L, E), "key_norm": (L, E)}
+    shapes: dict[str, Any] = {"embedding": (V, D), "final_norm": (D,), "layers": layers}
+    if not config.tie_embeddings:
+        shapes["unembedding"] = (D, V)
+    return shapes
+
+
+def logical_axes(config: DecoderConfig) -> dict[str, Any]:
+    """The parameter tree with a tuple of logical axis names in the place of each array."""
+    layers: dict[str, Any] = {
+        "attention_norm": ("layers", "embed"),
+        "query": ("layers", "embed", "heads", "head_dim"),
+        "key": ("layers", "embed", "kv_heads", "head_dim"),
+        "value": ("layers", "embed", "kv_heads", "head_dim"),
+        "output": ("layers", "heads", "head_dim", "embed"),
+        "mlp_norm": ("layers", "embed"),
+        "gate": ("layers", "embed", "mlp"),
+        "up": ("layers", "embed", "mlp"),
+        "down": ("layers", "mlp", "embed"),
+    }
+    if config.attention_bias:
+        layers |= {
+            "query_bias": ("layers", "heads", "head_dim"),
+            "key_bias": ("layers", "kv_heads", "head_dim"),
+            "value_bias": ("layers", "kv_heads", "head_dim"),
+        }
+    if config.qk_norm:
+        layers |= {"query_norm": ("layers", "head_dim"), "key_norm": ("layers", "head_dim")}
+    axes: dict[str, Any] = {"embedding": ("vocab", "embed"), "final_norm": ("embed",), "layers": layers}
+    if not config.tie_embeddings:
+        axes["unembedding"] = ("embed", "vocab")
+    return axes
+
+
+def cache_axes() -> Cache:
+    """A `Cache` with logical axis names in the place of its arrays."""
+    names = ("layers", "batch", "cache", "kv_heads", "head_dim")
+    return Cache(keys=names, values=names)
+
+
+def init_params(key: Array, config: DecoderConfig) -> Params:
+    """Fresh float32 parameters.
+
+    Norm scales 1, biases 0, kernels normal with std 1 / sqrt(fan in), the two that write to the residual stream
+    (`output`, `down`) divided by sqrt(2 L) besides, embeddings normal with std 0.02.
+
+    Source: GPT-2's residual scaling (Radford et al. 2019, section 2.3); 0.02 is the families' `initializer_range`.
+    """
+    shapes = param_shapes(config)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=lambda node: isinstance(node, tuple))
+    keys = jax.random.split(key, len(leaves))
+    values = [_init_leaf(keys[i], path[-1].key, shape, config) for i, (path, shape) in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, values)
+
+
+def _init_leaf(key: Array, name: str, shape: tuple[int, ...], config: DecoderConfig) -> Float[Array, "..."]:
+    if name.endswith("norm"):
+        return jnp.ones(shape, jnp.float32)
+    if name.endswith("bias"):
+        return jnp.zeros(shape, jnp.float32)
+    if name.endswith("embedding"):
+        return EMBEDDING_STD * jax.random.normal(key, shape, jnp.float32)
+    fan_in = {"output": config.num_heads * config.head_dim, "down": config.mlp_size}.get(name, config.hidden_size)
+    residual = 2 * config.num_layers if name in ("output", "down") else 1
+    return jax.random.normal(key, shape, jnp.float32) * (1.0 / math.sqrt(fan_in * residual))
+
+
+def forward(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    config: DecoderConfig,
+    compute_dtype: Any,
+    constrain: Constrain = unconstrained,
+    remat: bool = False,
+) -> Float[Array, "B T D"]:
+    """Hidden states of packed rows after the final norm; logits are `hidden @ unembedding(params, config)`.
+
+    A token sees the tokens at or before it in its own segment and nothing else. Padding (segment 0) sees only
+    padding: its hidden states are finite and mean nothing.
+
+    Args
+      positions: for the rotation; restart at 0 in each segment. segment_ids: 0 is padding.
+      compute_dtype: weights are cast to it where they are used; norms and softmax stay float32.
+      remat: keep only the layers' inputs for the backward pass and recompute the rest.
+    """
+    mask = packed_mask(segment_ids)
+    attend = functools.partial(attention, mask=mask)
+    turn = rotation(positions, config)
+
+    def body(hidden: Array, weights: dict[str, Any]) -> tuple[Array, None]:
+        return layer(hidden, weights, turn, attend, config=config, constrain=constrain)[0], None
+
+    hidden = constrain(_embed(params, tokens, compute_dtype), ("batch", "time", "embed"))
+    hidden, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, hidden, params["layers"])
+    return rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
+
+
+def packed_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """True where query t may see key s: s <= t, same segment."""
+    time = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    causal = time[:, None] >= time[None, :]  # [T T]
+    return causal[None, :, :] & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def unembedding(params: Params, config: DecoderConfig) -> Float[Array, "D V"]:
+    """The float32 matrix that turns hidden states into logits; the transposed embedding where they are tied."""
+    return params["embedding"].T if config.tie_embeddings else params["unembedding"]
+
+
+def prefill(
+    params: Params,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    *,
+    config: DecoderConfig,
+    capacity: int,
+    compute_dtype: Any,
+    constrain: Constrain = unconstrained,
+) -> tuple[Float[Array, "B P D"], Cache]:
+    """Hidden states of right-padded prompts, and a cache of `capacity` positions that holds their keys and values.
+
+    Args
+      lengths: prompt tokens of each row; what stands past them changes nothing before them.
+      capacity: C; P at least.
+
+    Raises capacity < P -> ValueError.
+    """
+    batch, prompt_tokens = tokens.shape
+    if capacity < prompt_tokens:
+        raise ValueError(
+            f"prefill needs a cache capacity of at least {prompt_tokens} (the prompt bucket), got {capacity}"
+        )
+    time = jnp.broadcast_to(jnp.arange(prompt_tokens, dtype=jnp.int32)[None, :], (batch, prompt_tokens))
+    mask = packed_mask((time < lengths[:, None]).astype(jnp.int32))
+    attend = functools.partial(attention, mask=mask)
+    turn = rotation(time, config)
+
+    def body(hidden: Array, weights: dict[str, Any]) -> tuple[Array, tuple[Array, Array]]:
+        hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
+        return hidden, (key, value)
+
+    hidden = constrain(_embed(params, tokens, compute_dtype), ("batch", "time", "embed"))
+    hidden, (keys, values) = jax.lax.scan(body, hidden, params["layers"])  # [L B P K E]
+    room = [(0, 0), (0, 0), (0, capacity - prompt_tokens), (0, 0), (0, 0)]
+    cache = Cache(keys=jnp.pad(keys, room), values=jnp.pad(values, room))
+    return rms_norm(hidden, params["final_norm"], config.rms_norm_eps), cache
+
+
+def decode_step(
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    *,
+    config: DecoderConfig,
+    compute_dtype: Any,
+    constrain: Constrain = unconstrained,
+) -> tuple[Float[Array, "B D"], Cache]:
+    """Hidden state of one more token per row, and the cache with its keys and values at `lengths[b]`.
+
+    Rows do not see each other: at an unchanged compiled shape a row's result depends on that row alone, bit for bit.
+    A row whose length has reached the capacity writes nothing (its result means nothing either).
+
+    Args
+      lengths: tokens already cached in each row; the new token's position.
+    """
+    mask = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)[None, :] < lengths[:, None]  # [B C]
+    turn = rotation(lengths[:, None], config)
+
+    def body(hidden: Array, xs: tuple[dict[str, Any], Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        weights, cached_keys, cached_values = xs
+        attend = functools.partial(attention_step, cached_keys=cached_keys, cached_values=cached_values, mask=mask)
+        hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
+        return hidden, (key[:, 0], value[:, 0])
+
+    hidden = constrain(_embed(params, tokens[:, None], compute_dtype), ("batch", "time", "embed"))
+    hidden, (keys, values) = jax.lax.scan(body, hidden, (params["layers"], cache.keys, cache.values))  # [L B K E]
+    hidden = rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
+    return hidden[:, 0], Cache(keys=_write(cache.keys, keys, lengths), values=_write(cache.values, values, lengths))
+
+
+def _write(
+    cached: Float[Array, "L B C K E"], new: Float[Array, "L B K E"], lengths: Int[Array, " B"]
+) -> Float[Array, "L B C K E"]:
+    rows = jnp.arange(lengths.shape[0], dtype=lengths.dtype)
+    return cached.at[:, rows, lengths].set(new, mode="drop", unique_indices=True)
+
+
+def _embed(params: Params, tokens: Int[Array, "B T"], compute_dtype: Any) -> Float[Array, "B T D"]:
+    return jnp.take(params["embedding"], tokens, axis=0, mode="clip").astype(compute_dtype)

@@ -1,0 +1,135 @@
+"""The pieces of a decoder layer, and the one layer function that training, prefill and decoding share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from hptjax.models.rope import rotate
+from hptjax.models.shape import DecoderConfig
+from hptjax.types import Array
+
+# constrain(x, logical axis names) -> x, placed on a mesh by whoever knows one
+Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+# attend(query [B T H E], key [B T K E], value [B T K E]) -> [B T H E]
+Attend = Callable[[Array, Array, Array], Array]
+
+MASKED_SCORE = -1e30  # finite, so that no row can become NaN; exp(MASKED_SCORE - any real score) is exactly 0
+
+
+def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """The default `constrain`: one device, nothing to place."""
+    return x
+
+
+def rms_norm(x: Float[Array, "*shape D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*shape D"]:
+    """x / sqrt(mean(x^2) + eps) * scale, in float32, returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (wide * inverse * scale).astype(x.dtype)
+
+
+def attention(
+    query: Float[Array, "B T H E"],
+    key: Float[Array, "B S K E"],
+    value: Float[Array, "B S K E"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T H E"]:
+    """Grouped-query softmax attention; query head h reads kv head h // (H / K).
+
+    Scores and softmax are float32. Where the mask is False the probability is exactly 0, so what stands there (if
+    finite) changes no bit of the result. Every query needs at least one True.
+    """
+    batch, length, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[2]
+    query = (query * head_dim**-0.5).reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = jnp.einsum("btkre,bske->bkrts", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None, :, :], scores, MASKED_SCORE)  # [B K R T S]
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = jnp.einsum("bkrts,bske->btkre", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return mixed.reshape(batch, length, num_heads, head_dim).astype(value.dtype)
+
+
+def attention_step(
+    query: Float[Array, "B 1 H E"],
+    key: Float[Array, "B 1 K E"],
+    value: Float[Array, "B 1 K E"],
+    cached_keys: Float[Array, "B C K E"],
+    cached_values: Float[Array, "B C K E"],
+    mask: Bool[Array, "B C"],
+) -> Float[Array, "B 1 H E"]:
+    """Attention of one new position over the cached ones (where the mask is True) and itself.
+
+    The new key and value stand beside the cache instead of in it, so that a step reads the cache and writes it once
+    for all layers.
+    """
+    batch, _, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[2]
+    query = (query * head_dim**-0.5).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = jnp.einsum("bkre,bcke->bkrc", query, cached_keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None, :], scores, MASKED_SCORE)
+    own = jnp.einsum("bkre,bke->bkr", query, key[:, 0], preferred_element_type=jnp.float32)[..., None]
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)  # [B K R 1]
+    weights, own_weight = jnp.exp(scores - top), jnp.exp(own - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
+    mixed = jnp.einsum(
+        "bkrc,bcke->bkre", weights.astype(cached_values.dtype), cached_values, preferred_element_type=jnp.float32
+    )
+    mixed = (mixed + own_weight * value.astype(jnp.float32).swapaxes(1, 2)) / total  # [B K R E]
+    return mixed.reshape(batch, 1, num_heads, head_dim).astype(value.dtype)
+
+
+def layer(
+    hidden: Float[Array, "B T D"],
+    weights: dict[str, Any],
+    turn: tuple[Float[Array, "B T E2"], Float[Array, "B T E2"]],
+    attend: Attend,
+    *,
+    config: DecoderConfig,
+    constrain: Constrain,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T K E"], Float[Array, "B T K E"]]:
+    """One pre-norm decoder layer: x + attention(norm(x)), then x + swiglu(norm(x)).
+
+    Args
+      weights: one layer's slice of `params["layers"]`; cast to hidden's dtype where they are used.
+      turn: cosine and sine of the positions.
+      attend: who may look at whom; the only thing in which training, prefill and decoding differ.
+
+    Returns the new hidden states, and this layer's rotated keys and values for a cache.
+    """
+    dtype, eps = hidden.dtype, config.rms_norm_eps
+    normed = rms_norm(hidden, weights["attention_norm"], eps)
+    query, key, value = (_project(normed, weights, name) for name in ("query", "key", "value"))  # [B T heads E]
+    if config.qk_norm:
+        query = rms_norm(query, weights["query_norm"], eps)
+        key = rms_norm(key, weights["key_norm"], eps)
+    query = constrain(rotate(query, *turn), ("batch", "time", "heads", "head_dim"))
+    key = constrain(rotate(key, *turn), ("batch", "time", "kv_heads", "head_dim"))
+    value = constrain(value, ("batch", "time", "kv_heads", "head_dim"))
+    mixed = attend(query, key, value)  # [B T H E]
+    hidden = hidden + jnp.einsum("bthe,hed->btd", mixed, weights["output"].astype(dtype))
+    hidden = constrain(hidden, ("batch", "time", "embed"))
+    hidden = hidden + swiglu(rms_norm(hidden, weights["mlp_norm"], eps), weights, constrain)
+    return constrain(hidden, ("batch", "time", "embed")), key, value
+
+
+def swiglu(x: Float[Array, "B T D"], weights: dict[str, Any], constrain: Constrain) -> Float[Array, "B T D"]:
+    """(silu(x W_gate) * x W_up) W_down."""
+    gate = jnp.einsum("btd,df->btf", x, weights["gate"].astype(x.dtype))
+    up = jnp.einsum("btd,df->btf", x, weights["up"].astype(x.dtype))
+    inner = constrain(jax.nn.silu(gate) * up, ("batch", "time", "mlp"))
+    return jnp.einsum("btf,fd->btd", inner, weights["down"].astype(x.dtype))
+
+
+def _project(x: Float[Array, "B T D"], weights: dict[str, Any], name: str) -> Float[Array, "B T N E"]:
+    heads = jnp.einsum("btd,dne->btne", x, weights[name].astype(x.dtype))
+    if f"{name}_bias" not in weights:
+        return heads
+    return heads + weights[f"{name}_bias"].astype(x.dtype)[None, None, :, :]

@@ -1,0 +1,137 @@
+"""The host-side records that cross a package border. Nothing here imports jax, so a verifier's worker stays small."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+class SampleId(NamedTuple):
+    """What a sample's randomness is keyed by: which question, which visit to it, which of its rollouts."""
+
+    question: int
+    round: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.question}/{self.round}/{self.index}"
+
+
+class Source(enum.IntEnum):
+    """Who wrote the tokens of a sample."""
+
+    ROLLOUT = 0
+    DEMONSTRATION = 1
+    PREFIX = 2  # a demonstration's prefix, continued by the policy
+
+
+class FinishReason(enum.IntEnum):
+    """Why a completion ended: it wrote a stop token, or it met its limit."""
+
+    STOP = 0
+    LENGTH = 1
+
+
+class Objective(enum.IntEnum):
+    """What a question's update learns from: its rollouts (RL) or its demonstration (SFT)."""
+
+    RL = 0
+    SFT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One problem of a task, as text.
+
+    Args
+      question_id: unique within a task and split; keys all randomness of the question.
+      prompt, demonstration: text; the demonstration holds the completion without the stop token.
+      answer: what the verifier needs, made of JSON values only (it travels to another process).
+      canonical: equal for two instances that are the same problem; splits are disjoint in it.
+      level: difficulty, 0 upwards.
+    """
+
+    question_id: int
+    prompt: str
+    demonstration: str
+    answer: Mapping[str, Any]
+    canonical: str
+    level: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Question:
+    """An example with its tokens. `demonstration_tokens` ends with the stop token."""
+
+    example: Example
+    prompt_tokens: Int[np.ndarray, " p"]
+    demonstration_tokens: Int[np.ndarray, " c"]
+
+    @property
+    def question_id(self) -> int:
+        return self.example.question_id
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """One completion to be sampled.
+
+    Args
+      prompt_tokens, prefix_tokens: context; the prefix is forced and counts as the start of the completion.
+      max_completion_tokens: limit on the completion, prefix included.
+      temperature: > 0. top_k: 0 turns it off. top_p: 1.0 turns it off.
+      stop_ids: any of these ends the completion and is its last token.
+    """
+
+    sample_id: SampleId
+    prompt_tokens: Int[np.ndarray, " p"]
+    max_completion_tokens: int
+    stop_ids: frozenset[int]
+    prefix_tokens: Int[np.ndarray, " x"] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """One prompt with one completion, whoever wrote it: an entry of the flat list that an update is made of.
+
+    Args
+      group_id: samples that share a baseline; the question id unless a method says otherwise.
+      completion_tokens: includes the stop token where there is one, and the forced prefix.
+      sampler_logprobs: as decoded, after temperature, before top-k and top-p; nats; 0 on the forced prefix; zeros for demonstrations.
+      prefix_len: tokens at the start of the completion that the policy did not write.
+      reward: None until a verifier has spoken. solved: the verifier's yes or no, which the gate counts.
+      pair_id: samples that need each other in one forward pass share it (a bundle the packer never splits); -1: none.
+      temperature: the log-probs of this sample are those of logits / temperature.
+      decode_shape: the compiled shape that sampled it (contract 4), empty for demonstrations.
+    """
+
+    sample_id: SampleId
+    group_id: int
+    source: Source
+    prompt_tokens: Int[np.ndarray, " p"]
+    completion_tokens: Int[np.ndarray, " c"]
+    sampler_logprobs: Float[np.ndarray, " c"]
+    finish_reason: FinishReason = FinishReason.STOP
+    prefix_len: int = 0
+    reward: float | None = None
+    solved: bool = False
+    pair_id: int = -1
+    temperature: float = 1.0
+    decode_shape: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A verifier's word on one completion: a reward, whether it counts as solved, and why."""
+
+    reward: float
+    solved: bool
+    reason: str

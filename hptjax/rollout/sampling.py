@@ -1,0 +1,95 @@
+"""From a row's logits to its next token. Every function works row by row: no row sees another.
+
+Dims: S slots, D model, V vocab.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int, UInt32
+
+from hptjax.types import Array
+
+
+def sample_keys(key: Array, ids: UInt32[Array, "S 3"]) -> Array:
+    """The key of each sample: fold_in(fold_in(fold_in(key, question), round), index).
+
+    Args
+      key: one jax random key (typed, or raw uint32 [2]).
+      ids: question, round and index of each sample, int32 values seen as uint32 (two's complement), so -1 is 2**32 - 1.
+    Returns [S] keys, which depend on nothing but `key` and the id.
+    """
+
+    def fold(sample_id):
+        folded = key
+        for part in range(3):
+            folded = jax.random.fold_in(folded, sample_id[part])
+        return folded
+
+    return jax.vmap(fold)(ids)
+
+
+def token_noise(keys: Array, positions: Int[Array, " S"], vocab_size: int) -> Float[Array, "S V"]:
+    """Gumbel noise of one token of each sample: gumbel(fold_in(sample key, completion position), [V]), fp32.
+
+    The noise belongs to token ids, so truncation changes which tokens are allowed, not their noise.
+    """
+
+    def draw(key, position):
+        noise_key = jax.random.fold_in(key, position.astype(jnp.uint32))
+        return jax.random.gumbel(noise_key, (vocab_size,), jnp.float32, mode="low")
+
+    return jax.vmap(draw)(keys, positions)
+
+
+def scaled_logits(
+    hidden: Float[Array, "S D"], unembedding: Float[Array, "D V"], temperature: Float[Array, " S"]
+) -> Float[Array, "S V"]:
+    """logits / temperature in fp32, whatever the compute dtype: hidden @ unembedding / temperature."""
+    logits = jnp.einsum("sd,dv->sv", hidden.astype(jnp.float32), unembedding.astype(jnp.float32))
+    return logits / temperature[:, None]
+
+
+def choose(scaled: Float[Array, "S V"], noise: Float[Array, "S V"]) -> Int[Array, " S"]:
+    """A draw from softmax(scaled): argmax(scaled + Gumbel noise)."""
+    return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+
+
+def choose_truncated(
+    scaled: Float[Array, "S V"],
+    noise: Float[Array, "S V"],
+    top_k: Int[Array, " S"],
+    top_p: Float[Array, " S"],
+) -> Int[Array, " S"]:
+    """A draw from softmax(scaled) cut to its top-k, then to the nucleus top-p of what top-k left.
+
+    The nucleus is the shortest run of the most likely tokens whose mass reaches top_p: a token stays while the mass
+    before it is below top_p, so one always stays. Equal logits are ranked by token id, so top-k keeps exactly k.
+    top_k = 0 and top_p = 1 turn each off; top_k = 1 is greedy decoding.
+    Source: top-k Fan et al. 2018, 1805.04833; top-p Holtzman et al. 2020, 1904.09751; this order is the usual one of
+    sampling libraries.
+    """
+    vocab_size = scaled.shape[-1]
+    ids = jnp.broadcast_to(jnp.arange(vocab_size, dtype=jnp.int32)[None, :], scaled.shape)
+    falling, ids, noise = jax.lax.sort((-scaled, ids, noise), dimension=1, num_keys=1, is_stable=True)
+    ranked = -falling  # [S V], most likely first
+    rank = jnp.arange(vocab_size, dtype=jnp.int32)[None, :]
+    in_top_k = rank < jnp.where(top_k > 0, top_k, vocab_size)[:, None]
+    probabilities = jax.nn.softmax(jnp.where(in_top_k, ranked, -jnp.inf), axis=-1)
+    mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # rounding can lift the mass before the last tokens to 1, so "off" is asked for by name
+    in_nucleus = (mass_before < top_p[:, None]) | (top_p >= 1.0)[:, None] | (rank == 0)
+    winner = jnp.argmax(jnp.where(in_top_k & in_nucleus, ranked + noise, -jnp.inf), axis=-1)
+    return jnp.take_along_axis(ids, winner[:, None], axis=1)[:, 0]
+
+
+def chosen_logprobs(scaled: Float[Array, "S V"], tokens: Int[Array, " S"]) -> Float[Array, " S"]:
+    """log-softmax of `scaled` at each row's token, in nats: after temperature, before top-k and top-p."""
+    chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=1)[:, 0]
+    return chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def is_stop(tokens: Int[Array, " S"], stop_ids: Int[Array, "S W"]) -> Array:
+    """True where a row's token is one of its stop ids; empty places of `stop_ids` hold -1. [S] bool."""
+    return jnp.any(tokens[:, None] == stop_ids, axis=1)

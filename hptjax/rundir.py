@@ -1,0 +1,123 @@
+"""The run folder: what was asked for, with which software; a folder is never used for two different configs.
+
+runs/<name>/config.json    every field with its value
+runs/<name>/versions.json  one entry per distinct environment that the run was started in, oldest first
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+from hptjax.config import Config, changed_fields, resolved
+
+PACKAGES = (
+    "jax jaxlib flax optax orbax-checkpoint numpy transformers tokenizers datasets grain safetensors tyro rich "
+    "tensorboardX jaxtyping matplotlib libtpu"
+).split()
+SHOWN_CHANGES = 12
+
+
+def open_run_folder(config: Config) -> pathlib.Path:
+    """The run folder of a config, made if absent, with `config.json` and `versions.json` written.
+
+    Raises
+      ValueError: the folder belongs to a run with another config (the message names the fields that differ), or its
+        config.json cannot be read.
+    """
+    folder = run_folder(config)
+    record = folder / "config.json"
+    if record.exists():
+        refuse_changes(read_json(record), config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, resolved(config))
+    note_versions(folder / "versions.json")
+    return folder
+
+
+def run_folder(config: Config) -> pathlib.Path:
+    """Where the run of a config lives."""
+    return pathlib.Path(config.runs_dir) / config.name
+
+
+def refuse_changes(recorded: dict[str, Any], config: Config, folder: pathlib.Path) -> None:
+    """Nothing, where `config` is the recorded one; a ValueError that names the fields otherwise."""
+    changes = changed_fields(recorded, resolved(config))
+    if not changes:
+        return
+    listed = changes[:SHOWN_CHANGES] + (
+        [f"and {len(changes) - SHOWN_CHANGES} more"] if len(changes) > SHOWN_CHANGES else []
+    )
+    raise ValueError(
+        f"expected the config that run folder '{folder}' was started with, got changed fields (recorded -> now): "
+        f"{'; '.join(listed)}; change these back, give the run another name (--name), or remove the folder."
+    )
+
+
+def note_versions(path: pathlib.Path) -> None:
+    """Adds the present environment to `versions.json` unless it is the newest entry already."""
+    entries = read_json(path) if path.exists() else []
+    present = environment()
+    if not entries or entries[-1] != present:
+        write_json(path, [*entries, present])
+
+
+def environment() -> dict[str, Any]:
+    """Python, platform, package versions and the git commit of this checkout."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": package_versions(),
+        "git": git_state(pathlib.Path(__file__).resolve().parent.parent),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that a run's numbers depend on; absent ones are left out."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_state(folder: pathlib.Path) -> dict[str, Any] | None:
+    """Commit of the checkout at `folder`, and whether tracked files differ from it; None where there is none."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
+            return None  # installed inside another project's checkout
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The value of a JSON file; a ValueError that names the file where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected JSON in '{path}', got something else ({error}); remove the run folder.") from None
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file so that a reader, or a run killed here, sees the old one or the new one and no mixture."""
+    half = path.with_name(path.name + ".part")
+    with half.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, sort_keys=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)

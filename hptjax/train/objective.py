@@ -1,0 +1,100 @@
+"""From a packed micro-batch to named losses: one forward pass, then one weighted sum per term plane.
+
+    loss[term] = sum over live tokens of weights[term] * token_loss[term](statistics, advantages[term])
+
+Everything that could differ between splits (normalisers, advantages, the gate) is already inside the planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Float
+
+from hptjax.losses.logprobs import TokenStats
+from hptjax.losses.upge import weighted_sum
+from hptjax.records import Source
+from hptjax.types import Array, MicroBatch, Params, Peak, Stat, SumCount
+
+TokenLoss = Callable[["TokenView", Float[Array, "B T"]], Float[Array, "B T"]]
+"""What a term needs of the tokens, and its advantages -> its loss per token, before weights."""
+
+TokenStatsFn = Callable[[Params, MicroBatch], TokenStats]
+"""Policy parameters and a micro-batch -> log-probs and entropy of its target tokens: the only model call."""
+
+
+@struct.dataclass
+class TokenView:
+    """What a term's token loss may look at; gradients flow through `logprobs` and `entropy` only."""
+
+    logprobs: Float[Array, "B T"]
+    entropy: Float[Array, "B T"] | None
+    rollout_logprobs: Float[Array, "B T"]
+    reference_logprobs: Float[Array, "B T"]
+
+
+def per_token(segment_values: Float[Array, "B S"], micro_batch: MicroBatch, *, padding: float) -> Float[Array, "B T"]:
+    """A per-segment scalar, spread over its tokens; `padding` where there is no segment."""
+    slots = jnp.maximum(micro_batch.segment_ids - 1, 0)
+    return jnp.where(micro_batch.segment_ids > 0, jnp.take_along_axis(segment_values, slots, axis=1), padding)
+
+
+def make_losses(
+    token_stats: TokenStatsFn, token_losses: Mapping[str, TokenLoss], *, log_ratio_limit: float = 0.0
+) -> Callable[[Mapping[str, Params], MicroBatch], tuple[dict[str, Any], dict[str, Stat]]]:
+    """The `Losses` of a policy objective: named scalar sums and named statistics.
+
+    Args
+      token_stats: the model call, for the tree named `policy`.
+      token_losses: term name -> token loss; a micro-batch must carry a plane of each name.
+      log_ratio_limit: tokens whose |log ratio| to the denominator policy is above it are counted as `actor/ratio_far`.
+
+    Gradient: flows through the policy's log-probs and entropy; stopped at weights, advantages and stored log-probs.
+    """
+
+    def losses(params: Mapping[str, Params], micro_batch: MicroBatch) -> tuple[dict[str, Any], dict[str, Stat]]:
+        stats = token_stats(params["policy"], micro_batch)
+        view = TokenView(stats.logprobs, stats.entropy, micro_batch.rollout_logprobs, micro_batch.reference_logprobs)
+        named = {
+            name: weighted_sum(token_loss(view, micro_batch.planes[name].advantages), micro_batch.planes[name].weights)
+            for name, token_loss in token_losses.items()
+        }
+        return named, _statistics(view, micro_batch, named, log_ratio_limit)
+
+    return losses
+
+
+def _statistics(
+    view: TokenView, micro_batch: MicroBatch, named: Mapping[str, Any], log_ratio_limit: float
+) -> dict[str, Stat]:
+    """Sums, counts and peaks of one micro-batch; merged over the window by kind, divided on the host."""
+    live = micro_batch.completion_mask
+    source = per_token(micro_batch.source.astype(jnp.float32), micro_batch, padding=-1.0)
+    demonstration = live & (source == int(Source.DEMONSTRATION))
+    rollout = live & (source >= 0.0) & ~demonstration
+    logprobs = jax.lax.stop_gradient(view.logprobs)
+    sampler_gap = jnp.abs(logprobs - micro_batch.sampler_logprobs)
+    log_ratio = jnp.abs(logprobs - view.rollout_logprobs)
+    one = jnp.ones((), jnp.float32)
+
+    def over(mask: Any, values: Any) -> SumCount:
+        return SumCount(
+            total=jnp.sum(jnp.where(mask, values, 0.0), dtype=jnp.float32), count=jnp.sum(mask, dtype=jnp.float32)
+        )
+
+    stats: dict[str, Stat] = {
+        "sft/loss": over(demonstration, -logprobs),
+        "actor/rollout_nll": over(rollout, -logprobs),
+        "rollout/logp_diff_mean": over(rollout, sampler_gap),
+        "rollout/logp_diff_max": Peak(jnp.max(jnp.where(rollout, sampler_gap, 0.0))),
+        "actor/ratio_far": over(rollout, (log_ratio > log_ratio_limit).astype(jnp.float32)),
+    }
+    if view.entropy is not None:
+        stats["actor/entropy"] = over(live, jax.lax.stop_gradient(view.entropy))
+    for name, value in named.items():
+        stats[f"loss/{name}"] = SumCount(total=jax.lax.stop_gradient(value).astype(jnp.float32), count=one)
+    return stats

@@ -1,0 +1,60 @@
+"""The optimizer chain and its schedule: clip the summed gradient, then AdamW; time is counted in optimizer steps."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from hptjax.types import Params
+
+
+def make_schedule(
+    kind: str, learning_rate: float, *, warmup_steps: int, decay_steps: int, end_fraction: float = 0.0
+) -> optax.Schedule:
+    """Learning rate at optimizer step s: linear warm-up over `warmup_steps`, then constant, linear or cosine.
+
+    Args
+      kind: "constant", "linear" or "cosine"; the last two reach `end_fraction * learning_rate` at `decay_steps`.
+      warmup_steps, decay_steps: in optimizer steps; skipped windows do not count. With a warm-up, step 0 takes
+        learning_rate / warmup_steps, so that the first update is not thrown away.
+
+    Raises ValueError for an unknown kind, or a decay that ends inside the warm-up.
+    """
+    if kind not in ("constant", "linear", "cosine"):
+        raise ValueError(
+            f"expected optimizer.schedule 'constant', 'linear' or 'cosine', got {kind!r}; change optimizer.schedule"
+        )
+    if kind != "constant" and decay_steps <= warmup_steps:
+        raise ValueError(
+            f"expected optimizer.decay_steps > optimizer.warmup_steps = {warmup_steps}, got {decay_steps}; "
+            "change either field"
+        )
+    after = {
+        "constant": optax.constant_schedule(learning_rate),
+        "linear": optax.linear_schedule(
+            learning_rate, learning_rate * end_fraction, max(decay_steps - warmup_steps, 1)
+        ),
+        "cosine": optax.cosine_decay_schedule(learning_rate, max(decay_steps - warmup_steps, 1), alpha=end_fraction),
+    }[kind]
+    if not warmup_steps:
+        return after
+    warmup = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps - 1 or 1)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def decay_mask(params: Params) -> Params:
+    """True where weight decay applies: matrices, not norm scales or biases (their names end in `norm` or `bias`)."""
+
+    def decays(path: tuple, _: object) -> bool:
+        names = [str(getattr(entry, "key", entry)) for entry in path]
+        return not any("norm" in name or name.endswith("bias") for name in names)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(
+    schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float | None
+) -> optax.GradientTransformation:
+    """Clip by the global norm of the summed gradient, then AdamW with decoupled decay (Loshchilov 2019, 1711.05101)."""
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
+    return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)

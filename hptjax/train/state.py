@@ -1,0 +1,133 @@
+"""Everything a run must not lose, as one pytree: named parameter trees, named chains, counters.
+
+It may be saved between any two calls of `micro_step`: the open window's sums are part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Float, Int
+
+from hptjax.train.accumulate import Status, Sums, zero_sums
+from hptjax.types import Array, Params, Stat
+
+LIMB = 2**31  # lifetime totals are kept as two int32 limbs: total = high * 2^31 + low
+
+
+@struct.dataclass
+class Chain:
+    """One named accumulate + optimizer chain, for the parameter tree of the same name."""
+
+    sums: Sums
+    optimizer: Any
+
+
+@struct.dataclass
+class Window:
+    """The open window: what has been added since the last flush.
+
+    Args
+      micro_batches, tokens: counted as they were added. first_nonfinite: index of the first bad micro-batch, or -1.
+      stats: metric sums and peaks over the window so far.
+    """
+
+    micro_batches: Int[Array, ""]
+    tokens: Int[Array, ""]
+    first_nonfinite: Int[Array, ""]
+    stats: dict[str, Stat]
+
+
+@struct.dataclass
+class Report:
+    """What the last flush did: one ledger row, read by the host after the step.
+
+    Args
+      status: a `Status`. bad_micro_batch: the one to blame, or -1.
+      grad_norm: per chain, of the summed gradient before clipping.
+      optimizer_steps: updates applied so far, this one included; schedules count in it.
+    """
+
+    status: Int[Array, ""]
+    bad_micro_batch: Int[Array, ""]
+    micro_batches: Int[Array, ""]
+    tokens: Int[Array, ""]
+    windows: Int[Array, ""]
+    optimizer_steps: Int[Array, ""]
+    grad_norm: dict[str, Float[Array, ""]]
+    witness: Float[Array, " M"]
+    stats: dict[str, Stat]
+
+
+@struct.dataclass
+class Totals:
+    """Counts over the life of the run; equal to the sums of the ledger's rows."""
+
+    windows: Int[Array, ""]
+    optimizer_steps: Int[Array, ""]
+    skipped_windows: Int[Array, ""]
+    micro_batches: Int[Array, ""]
+    tokens_low: Int[Array, ""]
+    tokens_high: Int[Array, ""]
+
+
+@struct.dataclass
+class TrainState:
+    """Parameters, chains, the open window, lifetime totals and the last report."""
+
+    params: dict[str, Params]
+    chains: dict[str, Chain]
+    window: Window
+    totals: Totals
+    report: Report
+
+
+def empty_window(stats: Mapping[str, Stat]) -> Window:
+    """A window with nothing in it; `stats` gives the names and kinds (their values are ignored)."""
+    return Window(
+        micro_batches=jnp.zeros((), jnp.int32),
+        tokens=jnp.zeros((), jnp.int32),
+        first_nonfinite=jnp.full((), -1, jnp.int32),
+        stats=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), dict(stats)),
+    )
+
+
+def init_state(
+    params: Mapping[str, Params],
+    optimizers: Mapping[str, optax.GradientTransformation],
+    stats: Mapping[str, Stat],
+    max_micro_batches: int,
+) -> TrainState:
+    """A fresh state: the given parameters, empty sums, fresh optimizer states, all counters 0."""
+    if set(params) != set(optimizers):
+        raise ValueError(f"expected one optimizer chain per parameter tree {sorted(params)}, got {sorted(optimizers)}")
+
+    def zero() -> Array:
+        return jnp.zeros((), jnp.int32)  # a buffer each: donated trees must not share one
+
+    window = empty_window(stats)
+    return TrainState(
+        params=dict(params),
+        chains={
+            name: Chain(sums=zero_sums(params[name], max_micro_batches), optimizer=optimizers[name].init(params[name]))
+            for name in params
+        },
+        window=window,
+        totals=Totals(zero(), zero(), zero(), zero(), zero(), zero()),
+        report=Report(
+            status=jnp.full((), int(Status.EMPTY), jnp.int32),
+            bad_micro_batch=jnp.full((), -1, jnp.int32),
+            micro_batches=zero(),
+            tokens=zero(),
+            windows=zero(),
+            optimizer_steps=zero(),
+            grad_norm={name: jnp.zeros((), jnp.float32) for name in params},
+            witness=jnp.zeros(max_micro_batches, jnp.float32),
+            stats=jax.tree.map(jnp.copy, window.stats),
+        ),
+    )

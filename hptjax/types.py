@@ -1,0 +1,82 @@
+"""The device-side records that cross a package border: frozen pytrees with their shapes.
+
+Alignment, said once: `logprobs[b, t]` belongs to `target_tokens[b, t]` given `input_tokens[b, :t + 1]`, and every
+[B T] array uses this alignment. A token is *live* where `completion_mask` is True: it is trained on.
+
+Dims: B packed rows, T target positions in a row, S segments in a row, N samples, K term planes, M micro-batches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import struct
+from jaxtyping import Bool, Float, Int
+
+Array = Any  # a jax.Array on a device or an np.ndarray on the host; shapes are written with jaxtyping
+Params = Any  # a pytree of arrays
+
+
+@struct.dataclass
+class TermPlane:
+    """One term of the objective over a packed micro-batch.
+
+    Args
+      weights: mask x coefficient / normaliser of the whole update; >= 0; no advantage inside. Micro-batch terms add.
+      advantages: the A of this term; 0 where the weight is 0.
+    """
+
+    weights: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+
+
+@struct.dataclass
+class MicroBatch:
+    """What one forward and backward pass sees: a fixed [B T] budget of packed segments.
+
+    Args
+      segment_ids: 0 is padding, 1..S count the segments of a row; attention never crosses them.
+      positions: restart at 0 in each segment.
+      completion_mask: True on live tokens.
+      planes: term name -> its weights and advantages; the names are static.
+      sampler_logprobs, rollout_logprobs, reference_logprobs: nats; zeros where a method does not need them.
+      temperature: per segment; 1 for demonstrations and empty segments.
+      sample_index: per segment, the place in the update's flat list; -1 where there is no segment.
+      source: per segment, a `Source`; -1 where there is no segment.
+      micro_index: which micro-batch of its update this is, 0 upwards.
+      planned_tokens: live tokens of every micro-batch of the update, counted on the host from the samples, not from
+        the packed arrays; zeros past the last. The witness is compared with it.
+    """
+
+    input_tokens: Int[Array, "B T"]
+    target_tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    completion_mask: Bool[Array, "B T"]
+    planes: dict[str, TermPlane]
+    sampler_logprobs: Float[Array, "B T"]
+    rollout_logprobs: Float[Array, "B T"]
+    reference_logprobs: Float[Array, "B T"]
+    temperature: Float[Array, "B S"]
+    sample_index: Int[Array, "B S"]
+    source: Int[Array, "B S"]
+    micro_index: Int[Array, ""]
+    planned_tokens: Int[Array, " M"]
+
+
+@struct.dataclass
+class SumCount:
+    """A total and what it counts over; merged by adding, divided once on the host (`masked.ratio`)."""
+
+    total: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+@struct.dataclass
+class Peak:
+    """A largest value; merged by max."""
+
+    value: Float[Array, ""]
+
+
+Stat = SumCount | Peak
