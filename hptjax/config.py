@@ -200,6 +200,7 @@ class EvalConfig:
     temperature: float = 1.0
     train_questions: int = 128  # training questions evaluated beside them at the start and the end
     ks: tuple[int, ...] = (1, 8)  # pass@k
+    test_steps: tuple[int, ...] = ()  # steps with an evaluation on test questions, beside the start and the end
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ AT_LEAST_ONE = (
     "model.shape.num_kv_heads model.shape.head_dim model.shape.mlp_size model.shape.max_positions"
 ).split()
 AT_LEAST_ZERO = (
-    "seed task.seed task.low task.target_low task.max_value data.split_seed rollout.top_k hpt.sft_coefficient hpt.rl_coefficient hpt.entropy_coefficient "
+    "seed task.seed task.low task.target_low task.max_value data.split_seed "
+    "rollout.top_k hpt.sft_coefficient hpt.rl_coefficient hpt.entropy_coefficient "
     "hpt.kl_coefficient optimizer.warmup_steps optimizer.weight_decay train.eval_every train.probe_every "
     "train.rollouts_every train.panel_questions eval.train_questions checkpoint.keep_best"
 ).split()
@@ -279,6 +280,8 @@ def _check_evaluation(config: Config) -> None:
             f"{evaluation.train_questions}",
             "eval.train_questions",
         )
+    if any(step < 0 for step in evaluation.test_steps):
+        _refuse("eval.test_steps of at least 0", f"{list(evaluation.test_steps)}", "eval.test_steps")
     if "test" in config.checkpoint.metric.split("/")[0]:
         _refuse(
             "a validation metric to choose checkpoints by (test questions are for the final figures only)",

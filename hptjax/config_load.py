@@ -6,8 +6,6 @@ import pathlib
 import tomllib
 from collections.abc import Sequence
 
-import tyro
-
 from hptjax import config_text
 from hptjax.config import Config
 from hptjax.config_check import check
@@ -22,7 +20,7 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Conf
     """
     config = read_file(path)
     if overrides:
-        config = tyro.cli(Config, default=config, args=list(overrides), prog=f"hptjax ... {path}")
+        config = config_text.command_line(config, overrides, prog=f"hptjax ... {path}")
     check(config)
     return config
 

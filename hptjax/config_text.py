@@ -8,7 +8,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import tyro
@@ -115,6 +115,44 @@ def dotted_paths(cls: type, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(hint):
             paths += dotted_paths(typing.cast(type, hint), f"{prefix}{name}.")
     return paths
+
+
+def command_line(default: T, arguments: Sequence[str], *, prog: str) -> T:
+    """`default` with the fields that the command line sets; prints help or a complaint and exits where it must."""
+    return tyro.cli(
+        type(default),
+        default=default,
+        args=list(arguments),
+        prog=prog,
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+        registry=_registry(),
+    )
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Booleans as TOML writes them, in any case."""
+    registry = tyro.constructors.ConstructorRegistry()
+    words = {"true": True, "false": False}
+
+    def read(arguments: list[str]) -> bool:
+        if arguments[0].lower() not in words:
+            raise ValueError(f"takes true or false, got {arguments[0]}")
+        return words[arguments[0].lower()]
+
+    @registry.primitive_rule
+    def boolean(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type is not bool:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{true,false}",
+            instance_from_str=read,
+            is_instance=lambda value: isinstance(value, bool),
+            str_from_instance=lambda value: [str(value).lower()],
+        )
+
+    return registry
 
 
 def struct_list(entry: type) -> Any:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
+Number = float | int | np.number
 
-def ratio(total: float, count: float) -> float:
+
+def ratio(total: Number, count: Number) -> float:
     """The mean `total / count`, or NaN where nothing was counted. Host side, float64."""
     return float(total) / float(count) if count else float("nan")
 
 
-def inverse_count(count: float) -> float:
+def inverse_count(count: Number) -> float:
     """`1 / count`, the weight that makes a sum a mean; 0 where nothing was counted, so an empty term contributes 0."""
     return 1.0 / float(count) if count else 0.0
 

@@ -60,6 +60,15 @@ def refuse_changes(recorded: dict[str, Any], config: Config, folder: pathlib.Pat
     )
 
 
+def compile_cache_folder() -> pathlib.Path:
+    """Where compiled programs are kept between runs: JAX_COMPILATION_CACHE_DIR, else the user's cache folder."""
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if chosen:
+        return pathlib.Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "hptjax" / "jax"
+
+
 def note_versions(path: pathlib.Path) -> None:
     """Adds the present environment to `versions.json` unless it is the newest entry already."""
     entries = read_json(path) if path.exists() else []

@@ -173,8 +173,8 @@ def test_gate_discarded_tokens_change_nothing() -> None:
 
     after = gated_update([questions[0], make_question(1, (50, 51, 52, STOP))], [garbled(s) for s in samples], 0, 4)
     assert same_bits(before, after)
-    kept = [dataclasses.replace(s, completion_tokens=s.completion_tokens + 1) if s.group_id == 1 else s for s in samples]
-    assert not same_bits(before, gated_update(questions, kept, 0, 4))
+    moved = [dataclasses.replace(s, completion_tokens=s.completion_tokens + s.group_id) for s in samples]
+    assert not same_bits(before, gated_update(questions, moved, 0, 4))
 
 
 def test_gate_refuses_a_missing_demonstration() -> None:

@@ -45,14 +45,16 @@ def prepare_questions(
       nothing left -> ValueError with the counts and the fields to change.
     """
     dropped = dict.fromkeys(DROP_REASONS, 0)
-    fitting = []
+    fitting: list[Question] = []
     for example in examples:
         question = _encode(example, encode_prompt, encode_demonstration)
-        reason = question if isinstance(question, str) else _misfit(question, max_prompt_tokens, max_completion_tokens)
-        if reason is None:
-            fitting.append(question)
-        else:
+        reason = None if isinstance(question, str) else _misfit(question, max_prompt_tokens, max_completion_tokens)
+        if isinstance(question, str):
+            dropped[question] += 1
+        elif reason is not None:
             dropped[reason] += 1
+        else:
+            fitting.append(question)
     texts = [decode(question.demonstration_tokens) for question in fitting]
     verdicts = judge(texts, [question.example.answer for question in fitting]) if fitting else []
     questions = [question for question, verdict in zip(fitting, verdicts, strict=True) if verdict.solved]

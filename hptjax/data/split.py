@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 
+@runtime_checkable
 class Canonical(Protocol):
     """Anything that knows which problem it is: an instance of a task, or an `Example`."""
 
@@ -56,8 +57,8 @@ def split_by_canonical(
         if not members:
             raise ValueError(
                 f"expected at least one question in the {name} split, got none out of {len(items)} items with "
-                f"data.fractions.{name} = {fractions[name]} and data.limits.{name} = {limits.get(name)}; raise the "
-                f"fraction or widen the task's space"
+                f"data.fractions.{name} = {fractions[name]}; raise the "
+                f"fraction, raise task.instances or widen the task's space"
             )
     return splits
 
@@ -81,6 +82,6 @@ def _check(fractions: Mapping[str, float], limits: Mapping[str, int]) -> None:
         raise ValueError(f"expected data.fractions to sum to at most 1, got {total}: {dict(fractions)}")
     for name, limit in limits.items():
         if name not in fractions:
-            raise ValueError(f"expected data.limits to name one of {sorted(fractions)}, got {name!r}")
+            raise ValueError(f"expected limits to name splits of data.fractions, {sorted(fractions)}, got {name!r}")
         if limit < 1:
-            raise ValueError(f"expected data.limits.{name} >= 1, got {limit}: a split must not be empty")
+            raise ValueError(f"expected data.{name}_questions >= 1, got {limit}: a split must not be empty")

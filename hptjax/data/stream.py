@@ -104,7 +104,9 @@ def _digest(questions: Sequence[Question]) -> str:
     """Fingerprint of which questions the stream holds, in which order."""
     digest = hashlib.sha256()
     for question in questions:
-        digest.update(f"{question.question_id}\x00{question.example.canonical}\x00".encode())
+        example = question.example
+        fields = (str(example.question_id), example.canonical, example.prompt, example.demonstration)
+        digest.update("\x00".join((*fields, "")).encode())
     return digest.hexdigest()[:16]
 
 

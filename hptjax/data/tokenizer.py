@@ -27,7 +27,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     if not (folder / "tokenizer_config.json").is_file():
         raise FileNotFoundError(
-            f"expected a tokenizer (tokenizer_config.json, tokenizer.json) in {folder}, found none; set model.folder to "
+            f"expected a tokenizer (tokenizer_config.json, tokenizer.json) in {folder}, found none; set model.path to "
             f"a Hugging Face model folder on this machine"
         )
     tokenizer = _transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -65,7 +65,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool = True) -> I
 
 
 def encode_demonstration(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " c"]:
-    """The demonstration's tokens and the stop token; int32. It is not cut: `prepare_questions` drops what is too long."""
+    """The demonstration's tokens and the stop token; int32. Nothing is cut: `prepare_questions` drops long ones."""
     return np.asarray([*_encode(tokenizer, text), tokenizer.eos_token_id], np.int32)
 
 
@@ -102,7 +102,7 @@ def _cannot_encode(tokenizer: Tokenizer, text: str) -> ValueError:
     unknown = sorted({character for character in text if character not in vocabulary})
     return ValueError(
         f"expected text that the tokenizer can represent, without special tokens written out; got {text[:80]!r}, where "
-        f"these characters are not in its vocabulary: {unknown}; change task.name or model.folder so that they fit"
+        f"these characters are not in its vocabulary: {unknown}; change task.name or model.path so that they fit"
     )
 
 

@@ -47,8 +47,8 @@ def micro_batch_arrays(
     def positions_array(dtype: type) -> np.ndarray:
         return np.zeros(len(layout) * rows * row_tokens, dtype)
 
-    def segments_array(fill: float, dtype: type, entries: np.ndarray) -> np.ndarray:
-        array = np.full(len(layout) * rows * max_segments, fill, dtype)
+    def segments_array(empty: int, dtype: type, entries: np.ndarray) -> np.ndarray:
+        array = np.full(len(layout) * rows * max_segments, empty, dtype)
         array[segment] = entries
         return array.reshape(len(layout), rows, max_segments)
 
@@ -76,7 +76,7 @@ def micro_batch_arrays(
         if name in active:
             mask[where] = True
     temperature = [1.0 if s.source == Source.DEMONSTRATION else s.temperature for s in samples]
-    temperatures = segments_array(1.0, np.float32, np.asarray(temperature, np.float32))
+    temperatures = segments_array(1, np.float32, np.asarray(temperature, np.float32))
     sample_index = segments_array(-1, np.int32, np.arange(count))
     source = segments_array(-1, np.int32, np.asarray([int(s.source) for s in samples], np.int32))
     rollout_logprobs, reference_logprobs = cut(positions_array(np.float32)), cut(positions_array(np.float32))

@@ -148,7 +148,7 @@ def assemble(
         terms={t.name: _term_count(t, v, chosen) for t, v in zip(terms, values, strict=True)},
         sources=_source_counts(chosen, live),
         digest=sample_digest(ids),
-        fill=ratio(float(lengths.sum()), len(layout) * rows * row_tokens),
+        fill=ratio(float(lengths.sum()), float(len(layout) * rows * row_tokens)),
     )
 
 

@@ -36,9 +36,10 @@ def pack(
     if row_tokens < 1 or max_segments < 1:
         raise ValueError(f"expected batch.row_tokens and batch.max_segments >= 1, got {row_tokens} and {max_segments}")
     bundles = _bundles(bundle_ids)
-    needs = [int(sum(lengths[i] for i in members)) for members in bundles]
+    sizes = lengths.tolist()
+    needs = [sum(sizes[i] for i in members) for members in bundles]
     for members, need in zip(bundles, needs, strict=True):
-        _check_fits(members, need, lengths, row_tokens, max_segments, names)
+        _check_fits(members, need, sizes, row_tokens, max_segments, names)
     room = np.full(len(bundles), row_tokens, np.int64)
     seats = np.full(len(bundles), max_segments, np.int64)
     rows: list[list[int]] = []
@@ -90,18 +91,18 @@ def _bundles(bundle_ids: Int[np.ndarray, " N"]) -> list[list[int]]:
 def _check_fits(
     members: list[int],
     need: int,
-    lengths: Int[np.ndarray, " N"],
+    sizes: list[int],
     row_tokens: int,
     max_segments: int,
     names: Sequence[object] | None,
 ) -> None:
     """Raises ValueError if no row can ever hold this bundle."""
-    if need <= row_tokens and len(members) <= max_segments and all(lengths[i] >= 1 for i in members):
+    if need <= row_tokens and len(members) <= max_segments and all(sizes[i] >= 1 for i in members):
         return
     called = ", ".join(str(i if names is None else names[i]) for i in members)
     what = f"sample {called}" if len(members) == 1 else f"the bundle of samples {called}"
-    if any(lengths[i] < 1 for i in members):
-        raise ValueError(f"{what}: expected lengths of at least 1, got {[int(lengths[i]) for i in members]}")
+    if any(sizes[i] < 1 for i in members):
+        raise ValueError(f"{what}: expected lengths of at least 1, got {[sizes[i] for i in members]}")
     if need > row_tokens:
         raise ValueError(
             f"{what} has {need} target positions, but a row holds {row_tokens}: "

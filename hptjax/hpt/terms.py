@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from hptjax.losses.advantages import AdvantageFn
 from hptjax.losses.reducers import Population, Reducer
 from hptjax.records import Sample, SampleId, Source
 
-# (rewards [N] float64, group_ids [N] int) -> advantages [N] float64
-AdvantageFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # sample -> (start, stop): a run of its target positions, 0 <= start <= stop <= len(prompt) + len(completion) - 1
 SpanFn = Callable[[Sample], tuple[int, int]]
 
@@ -150,7 +149,13 @@ def _member_advantages(
             raise ValueError(f"term {term.name!r}: advantages were given, but none for the samples {missing[:5]}")
         return np.asarray([given[s.sample_id] for s in members], np.float64)
     rewards = np.asarray([np.nan if s.reward is None else s.reward for s in members], np.float64)
-    return np.asarray(term.advantage(rewards, groups), np.float64)
+    try:
+        return np.asarray(term.advantage(rewards, groups), np.float64)
+    except ValueError as error:
+        unjudged = [str(s.sample_id) for s in members if s.reward is None or not np.isfinite(s.reward)]
+        if not unjudged:
+            raise
+        raise ValueError(f"term {term.name!r}: no finite reward for the samples {unjudged[:5]}; {error}") from error
 
 
 def live_token_counts(values: Sequence[TermValues], count: int) -> Int[np.ndarray, " N"]:

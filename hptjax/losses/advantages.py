@@ -75,14 +75,14 @@ def _groups(group_ids: np.ndarray) -> list[np.ndarray]:
 
 def _group_mean(rewards: np.ndarray) -> float:
     # fsum is exact before its one rounding, so that a permutation of the rows cannot move the last bit
-    return masked.ratio(math.fsum(rewards), rewards.size) if rewards.size > 1 else 0.0
+    return masked.ratio(math.fsum(rewards), float(rewards.size)) if rewards.size > 1 else 0.0
 
 
 def _group_std(rewards: np.ndarray, ddof: int) -> float:
     if rewards.size == 1:
         return 1.0
     squares = (rewards - _group_mean(rewards)) ** 2
-    return math.sqrt(masked.ratio(math.fsum(squares), rewards.size - ddof))
+    return math.sqrt(masked.ratio(math.fsum(squares), float(rewards.size - ddof)))
 
 
 def _checked(rewards: np.ndarray) -> np.ndarray:

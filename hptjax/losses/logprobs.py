@@ -67,7 +67,7 @@ def token_logprobs(
         hidden = jnp.where(live[:, :, None], hidden, 0)
         temperature = jnp.where(live, temperature, 1)
     # In fp32 before the loop: the loop adds the chunks' gradients in this type. A no-op for fp32 parameters.
-    unembedding = unembedding.astype(jnp.promote_types(unembedding.dtype, jnp.float32))
+    unembedding = unembedding.astype(jnp.float32)
 
     def chunk_stats(chunk: Any) -> TokenStats:
         return _stats(_project(chunk[0], unembedding), chunk[1], chunk[2], want_entropy)

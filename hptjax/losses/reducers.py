@@ -53,7 +53,7 @@ Reducer = Callable[[Population], np.ndarray]
 
 def token_mean(population: Population) -> Float[np.ndarray, " N"]:
     """`1 / N`: every token weighs the same. DAPO (arXiv 2503.14476); verl token-mean; the correct SFT loss."""
-    return _per_token(population, inverse_count(population.token_counts.sum()))
+    return _per_token(population, inverse_count(float(population.token_counts.sum())))
 
 
 def seq_mean_token_mean(population: Population) -> Float[np.ndarray, " N"]:
@@ -74,7 +74,7 @@ def seq_sum_len(population: Population) -> Float[np.ndarray, " N"]:
 def prompt_mean(population: Population) -> Float[np.ndarray, " N"]:
     """`1 / (n_p P)`: every prompt weighs the same, and within it every token. Groups must be whole."""
     tokens_of_group = _sums_by(population.group_ids, population.token_counts)
-    prompts = np.unique(population.group_ids[population.token_counts > 0]).size
+    prompts = float(np.unique(population.group_ids[population.token_counts > 0]).size)
     return _live(population) * _inverse_counts(tokens_of_group) * inverse_count(prompts)
 
 
@@ -89,7 +89,7 @@ def dr_grpo(max_tokens: int) -> Reducer:
     return lambda population: _per_token(population, inverse_length * inverse_count(_sequences(population)))
 
 
-def constant(c: float) -> Reducer:
+def constant(c: float | int) -> Reducer:
     """Makes `1 / c`: a sum on a fixed scale, the same for every update however large."""
     inverse = inverse_count(_positive("constant", c))
     return lambda population: _per_token(population, inverse)
@@ -103,7 +103,7 @@ def legacy_micro_token_mean(population: Population) -> Float[np.ndarray, " N"]:
     Raises no partition -> ValueError.
     """
     partition = _partition(population, "legacy_micro_token_mean")
-    micro_batches = np.unique(partition[population.token_counts > 0]).size
+    micro_batches = float(np.unique(partition[population.token_counts > 0]).size)
     return _micro_token_mean(population, partition) * inverse_count(micro_batches)
 
 
@@ -181,8 +181,8 @@ def _per_token(population: Population, weight: float) -> np.ndarray:
     return _live(population) * weight
 
 
-def _sequences(population: Population) -> int:
-    return int((population.token_counts > 0).sum())
+def _sequences(population: Population) -> float:
+    return float((population.token_counts > 0).sum())
 
 
 def _sequences_of_group(population: Population) -> np.ndarray:
@@ -202,7 +202,7 @@ def _sums_by(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _inverse_counts(counts: np.ndarray) -> np.ndarray:
-    return np.array([inverse_count(count) for count in counts], np.float64)
+    return np.array([inverse_count(float(count)) for count in counts], np.float64)
 
 
 def _partition(population: Population, reducer: str) -> np.ndarray:
@@ -214,7 +214,7 @@ def _partition(population: Population, reducer: str) -> np.ndarray:
     return population.partition
 
 
-def _positive(name: str, value: float) -> float:
+def _positive(name: str, value: float | int) -> float:
     if not value > 0:
         raise ValueError(f"{name}: expected a number > 0, got {value}")
-    return value
+    return float(value)

@@ -59,8 +59,8 @@ def upge_coefficient(
     """
     signed_mask = stability_mask * advantages
     active = signed_mask != 0
-    log_ratio = jnp.where(active, logprobs - denominator_logprobs, 0)
-    return jax.lax.stop_gradient(jnp.where(active, signed_mask * jnp.exp(log_ratio), 0))
+    ratio = jnp.exp(logprobs - denominator_logprobs)
+    return jax.lax.stop_gradient(jnp.where(active, signed_mask * ratio, 0))
 
 
 def upge_token_loss(
@@ -95,7 +95,7 @@ def weighted_sum(token_loss: Float[Array, "B T"], weights: Float[Array, "B T"]) 
     Returns scalar, summed in fp32 (fp64 if the loss is).
     Gradient flows through `token_loss`; exactly 0 where the weight is 0.
     """
-    dtype = jnp.promote_types(token_loss.dtype, jnp.float32)
-    live = weights != 0
-    inner = jnp.where(live, token_loss, 0).astype(dtype)
-    return jnp.sum(jnp.where(live, weights.astype(dtype) * inner, 0))
+    dtype = jnp.float64 if token_loss.dtype == jnp.float64 else jnp.float32
+    # before the product, so that value, gradient and even the weights' gradient are free of what stood there
+    live_loss = jnp.where(weights != 0, token_loss, 0).astype(dtype)
+    return jnp.sum(weights.astype(dtype) * live_loss)

@@ -131,6 +131,7 @@ def forward(
     compute_dtype: Any,
     constrain: Constrain = unconstrained,
     remat: bool = False,
+    unroll: int = 1,
 ) -> Float[Array, "B T D"]:
     """Hidden states of packed rows after the final norm; logits are `hidden @ unembedding(params, config)`.
 
@@ -141,6 +142,7 @@ def forward(
       positions: for the rotation; restart at 0 in each segment. segment_ids: 0 is padding.
       compute_dtype: weights are cast to it where they are used; norms and softmax stay float32.
       remat: keep only the layers' inputs for the backward pass and recompute the rest.
+      unroll: layers per turn of the scan; more compiles longer and copies less.
     """
     mask = packed_mask(segment_ids)
     attend = functools.partial(attention, mask=mask)
@@ -150,7 +152,7 @@ def forward(
         return layer(hidden, weights, turn, attend, config=config, constrain=constrain)[0], None
 
     hidden = constrain(_embed(params, tokens, compute_dtype), ("batch", "time", "embed"))
-    hidden, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, hidden, params["layers"])
+    hidden, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, hidden, params["layers"], unroll=unroll)
     return rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
 
 

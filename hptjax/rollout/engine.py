@@ -20,6 +20,7 @@ A cache is a pytree whose every array has its rows on axis 1 (layers on axis 0).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,13 +48,11 @@ class RolloutShardings:
     """Where the engine's arrays live; build it from the rules table of hptjax.sharding.
 
     Args
-      rows: sharding of an array whose first axis counts slots. columns: of one whose second axis does ([N S]).
-      cache: sharding, or tree of shardings, of the policy's cache.
+      rows: sharding of an array whose first axis counts slots. cache: sharding, or tree of them, of the policy's cache.
       replicated: of what the host reads.
     """
 
     rows: Any
-    columns: Any
     cache: Any
     replicated: Any
 
@@ -76,19 +75,18 @@ class Progress:
     """What changes with every token.
 
     Args
-      step: tokens sampled so far by a row that is still active; all rows of a wave start together.
       token, position: the last token of each row, not yet in the cache, and the place where it will enter.
-      active: rows that want another token. counts: tokens sampled by each row.
-      tokens, logprobs: row n holds the n-th sampled token of every slot.
+      active: rows that want another token.
+      counts: tokens sampled by each row. A wave's rows start together, so those still active have the same count.
+      tokens, logprobs: the sampled tokens; of no meaning past a row's count.
     """
 
-    step: Int[Array, ""]
     token: Int[Array, " S"]
     position: Int[Array, " S"]
     active: Bool[Array, " S"]
     counts: Int[Array, " S"]
-    tokens: Int[Array, "N S"]
-    logprobs: Float[Array, "N S"]
+    tokens: Int[Array, "S N"]
+    logprobs: Float[Array, "S N"]
 
 
 def never() -> bool:
@@ -156,13 +154,12 @@ def make_engine(
             stop_ids=rows["stop_ids"],
         )
         progress = Progress(
-            step=jnp.zeros((), jnp.int32),
             token=rows["last_token"],
             position=rows["last_position"],
             active=rows["new_tokens"] > 0,
             counts=jnp.zeros(slots, jnp.int32),
-            tokens=jnp.full((cache_capacity, slots), pad_id, jnp.int32),
-            logprobs=jnp.zeros((cache_capacity, slots), jnp.float32),
+            tokens=jnp.zeros((slots, cache_capacity), jnp.int32),
+            logprobs=jnp.zeros((slots, cache_capacity), jnp.float32),
         )
         return settings, progress
 
@@ -182,32 +179,32 @@ def make_engine(
         head = unembedding(params)
         if head.shape[1] != vocab_size:
             raise ValueError(f"vocab_size {vocab_size}: the policy's unembedding has {head.shape[1]} columns")
-        call_end = progress.step + tokens_per_call
+        call_end = jnp.max(progress.counts) + tokens_per_call
 
         def wants_more(carry: tuple[Any, Progress]) -> Array:
             _, now = carry
-            return (now.step < call_end) & jnp.any(now.active)
+            return jnp.any(now.active & (now.counts < call_end))
 
         def next_token(carry: tuple[Any, Progress]) -> tuple[Any, Progress]:
             cache, now = carry
             hidden, cache = decode_step(params, cache, now.token, now.position)
             scaled = sampling.scaled_logits(hidden, head, settings.temperature)
-            noise = sampling.token_noise(settings.keys, settings.prefix_lens + now.step, vocab_size)
+            noise = sampling.token_noise(settings.keys, settings.prefix_lens + now.counts, vocab_size)
             if truncated:
                 token = sampling.choose_truncated(scaled, noise, settings.top_k, settings.top_p)
             else:
                 token = sampling.choose(scaled, noise)
             logprob = sampling.chosen_logprobs(scaled, token)
             counts = now.counts + now.active.astype(jnp.int32)
+            column = (jnp.int32(0), jnp.max(now.counts))
             done = sampling.is_stop(token, settings.stop_ids) | (counts >= settings.new_tokens)
             return cache, Progress(
-                step=now.step + 1,
                 token=jnp.where(now.active, token, now.token),
                 position=now.position + now.active.astype(jnp.int32),
                 active=now.active & ~done,
                 counts=counts,
-                tokens=jax.lax.dynamic_update_slice(now.tokens, token[None, :], (now.step, jnp.int32(0))),
-                logprobs=jax.lax.dynamic_update_slice(now.logprobs, logprob[None, :], (now.step, jnp.int32(0))),
+                tokens=jax.lax.dynamic_update_slice(now.tokens, token[:, None], column),
+                logprobs=jax.lax.dynamic_update_slice(now.logprobs, logprob[:, None], column),
             )
 
         cache, progress = jax.lax.while_loop(wants_more, next_token, (cache, progress))
@@ -216,15 +213,17 @@ def make_engine(
     def read(progress: Progress) -> tuple[Array, Array, Array]:
         return progress.counts, progress.tokens, progress.logprobs
 
-    placed = _output_shardings(shardings)
-    empty_cache = jax.jit(empty_cache, out_shardings=placed["cache"])
-    begin = jax.jit(begin, out_shardings=placed["begin"])
-    insert = jax.jit(insert, out_shardings=placed["cache"], donate_argnames="cache")
+    placed = shardings or RolloutShardings(rows=None, cache=None, replicated=None)
+    empty_cache = jax.jit(empty_cache, out_shardings=placed.cache)
+    begin = jax.jit(begin, out_shardings=placed.rows)
+    insert = jax.jit(insert, out_shardings=placed.cache, donate_argnames="cache")
     decode = jax.jit(
-        decode, out_shardings=placed["decode"], donate_argnames=("cache", "progress"), static_argnames="truncated"
+        decode,
+        out_shardings=(placed.cache, placed.rows, placed.replicated),
+        donate_argnames=("cache", "progress"),
+        static_argnames="truncated",
     )
-    read = jax.jit(read, out_shardings=placed["read"])
-    calls_of = lambda tokens: -(-tokens // tokens_per_call)  # noqa: E731
+    read = jax.jit(read, out_shardings=placed.replicated)
 
     def run_wave(params: Params, cache: Any, wave: Sequence[Request], key: Array, should_stop: Callable[[], bool]):
         """(cache, host arrays), or (cache, None) where it was stopped."""
@@ -234,13 +233,13 @@ def make_engine(
             if should_stop():
                 return cache, None
             cache = insert(params, cache, call.tokens, call.lengths, call.row_of_slot)
+        truncated = waves.truncates(wave[0])  # one path per wave, see plan_waves
+        calls = math.ceil(int(rows.new_tokens.max()) / tokens_per_call)
         unread = None
-        for _ in range(calls_of(int(rows.new_tokens.max()))):
+        for _ in range(calls):
             if should_stop():
                 return cache, None
-            cache, progress, busy = decode(
-                params, cache, progress, settings, truncated=any(waves.truncates(request) for request in wave)
-            )
+            cache, progress, busy = decode(params, cache, progress, settings, truncated=truncated)
             # the flag is read one call late, so the device never waits for the host; a call too many ends at once
             if unread is not None and not to_host(unread):
                 break
@@ -277,26 +276,7 @@ def make_engine(
             if result is None:
                 break
             counts, tokens, logprobs = result
-            keep(places, [(tokens[:n, slot], logprobs[:n, slot]) for slot, n in enumerate(counts[: len(places)])])
+            keep(places, [(tokens[slot, :n], logprobs[slot, :n]) for slot, n in enumerate(counts[: len(places)])])
         return [samples[place] for place in sorted(samples)]
 
     return sample
-
-
-def _output_shardings(shardings: RolloutShardings | None) -> dict[str, Any]:
-    """The out_shardings of the compiled functions; None everywhere on one device."""
-    if shardings is None:
-        return dict.fromkeys(("cache", "begin", "decode", "read"))
-    rows, columns, replicated = shardings.rows, shardings.columns, shardings.replicated
-    settings = Settings(
-        keys=rows, prefix_lens=rows, new_tokens=rows, temperature=rows, top_k=rows, top_p=rows, stop_ids=rows
-    )
-    progress = Progress(
-        step=replicated, token=rows, position=rows, active=rows, counts=rows, tokens=columns, logprobs=columns
-    )
-    return {
-        "cache": shardings.cache,
-        "begin": (settings, progress),
-        "decode": (shardings.cache, progress, replicated),
-        "read": (replicated, replicated, replicated),
-    }

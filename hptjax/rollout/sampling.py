@@ -46,8 +46,11 @@ def token_noise(keys: Array, positions: Int[Array, " S"], vocab_size: int) -> Fl
 def scaled_logits(
     hidden: Float[Array, "S D"], unembedding: Float[Array, "D V"], temperature: Float[Array, " S"]
 ) -> Float[Array, "S V"]:
-    """logits / temperature in fp32, whatever the compute dtype: hidden @ unembedding / temperature."""
-    logits = jnp.einsum("sd,dv->sv", hidden.astype(jnp.float32), unembedding.astype(jnp.float32))
+    """logits / temperature, fp32: hidden @ unembedding / temperature.
+
+    The matmul reads the hidden states' type and adds in fp32, as the trainer's log-probs do.
+    """
+    logits = jnp.einsum("sd,dv->sv", hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return logits / temperature[:, None]
 
 
@@ -86,7 +89,9 @@ def choose_truncated(
 
 def chosen_logprobs(scaled: Float[Array, "S V"], tokens: Int[Array, " S"]) -> Float[Array, " S"]:
     """log-softmax of `scaled` at each row's token, in nats: after temperature, before top-k and top-p."""
-    chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=1)[:, 0]
+    vocabulary = jnp.arange(scaled.shape[-1], dtype=tokens.dtype)
+    # a masked sum, not a gather, so that a sharded vocabulary stays where it is
+    chosen = jnp.sum(jnp.where(vocabulary[None, :] == tokens[:, None], scaled, 0.0), axis=-1)
     return chosen - jax.nn.logsumexp(scaled, axis=-1)
 
 

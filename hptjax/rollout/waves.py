@@ -179,7 +179,7 @@ def plan_waves(requests: Sequence[Request], shape: DecodeShape) -> Iterator[list
         request = requests[place]
         bucket = shape.bucket(len(request.prompt_tokens) + len(request.prefix_tokens))
         limit = request.max_completion_tokens - len(request.prefix_tokens)
-        return truncates(request), bucket, limit, request.sample_id
+        return bucket, limit, request.sample_id
 
     ordered = sorted((place for place in range(len(requests)) if needs_sampling(requests[place])), key=order)
     for path in (False, True):
@@ -240,7 +240,7 @@ def wave_rows(wave: Sequence[Request], shape: DecodeShape, pad_id: int) -> WaveR
 def finished_sample(
     request: Request, new_tokens: Int[Array, " n"], new_logprobs: Float[Array, " n"], shape: DecodeShape
 ) -> Sample:
-    """The sample of a request and of what was sampled for it. The prefix carries log-prob 0: the policy did not draw it.
+    """The sample of a request and of what was sampled for it; the forced prefix carries log-prob 0.
 
     Raises FloatingPointError where a log-prob is not finite: the weights or the activations have diverged.
     """

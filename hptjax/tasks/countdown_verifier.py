@@ -1,4 +1,4 @@
-"""Judges a countdown completion. It runs on text from a policy: any string gets a verdict, in time linear in its length.
+"""Judges a countdown completion. The text is a policy's: any string gets a verdict, in time linear in its length.
 
 The reasons form a closed set, `REASONS`. The first fault in reading order decides, after the form of the whole text.
 """

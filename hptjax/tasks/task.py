@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from hptjax.records import Example, Verdict
 
@@ -13,6 +13,7 @@ from hptjax.records import Example, Verdict
 RewardFunction = Callable[[str, Mapping[str, Any]], Verdict]
 
 
+@runtime_checkable
 class Instance(Protocol):
     """A problem before it is written down: all that a split needs to know of it."""
 

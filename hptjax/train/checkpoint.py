@@ -12,9 +12,8 @@ computed on the devices at the save and again after a restore, so that damage wh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import io
-import json
 import math
 import pathlib
 import shutil
@@ -22,16 +21,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import UInt
 
-from hptjax.sharding.host import to_host
-from hptjax.types import Array
+from hptjax.train.checkpoint_content import (
+    as_json,
+    as_leaf,
+    check_json,
+    checksums,
+    copied,
+    describe,
+    differences,
+    empty,
+    first_line,
+    is_key,
+    named_leaves,
+    pack_arrays,
+    refuse,
+    target,
+    unpack_arrays,
+)
+from hptjax.train.checkpoint_manager import Retention, close_failed, make_manager, quiet_orbax
 
 STATE_ITEM, RECORD_ITEM = "state", "record"
-SHOWN_DIFFERENCES = 6  # how many differing fields an error message spells out
 
 
 class CheckpointFailed(RuntimeError):
@@ -58,32 +70,19 @@ class Entry(NamedTuple):
     metric: float | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Retention:
-    """Keeps the `keep_last` newest checkpoints and the `keep_best` of largest metric (of equals, the newer)."""
-
-    keep_last: int
-    keep_best: int
-    metrics: dict[int, float]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Which checkpoints stay, in the order given. The signature is orbax's `PreservationPolicy`."""
-        del context
-        ordinals = sorted(checkpoint.step for checkpoint in checkpoints)
-        ranked = sorted((self.metrics[n], n) for n in ordinals if n in self.metrics)
-        kept = set(ordinals[-self.keep_last :]) | {n for _, n in ranked[len(ranked) - self.keep_best :]}
-        return [checkpoint.step in kept for checkpoint in checkpoints]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Checkpoints:
-    """A run's checkpoints. Make it with `open_checkpoints`; use it as a context manager, or call `close`."""
+    """A run's checkpoints. Make it with `open_checkpoints`; use it as a context manager, or call `close`.
+
+    `manager` is replaced after a failed save, because the old one may still hold errors of it.
+    """
 
     folder: pathlib.Path
     fingerprint: Mapping[str, Any]
     manager: ocp.CheckpointManager
     retention: Retention
     report: Callable[[str], None]
+    quiet: contextlib.ExitStack
 
     def save(
         self,
@@ -115,10 +114,10 @@ class Checkpoints:
         leaves = named_leaves(state)
         self.wait()  # a failed background write is reported here, before anything of this save exists
         ordinal = self._next_ordinal()
-        ranked = metric is not None and not math.isnan(metric)
+        rank = None if metric is None or math.isnan(metric) else float(metric)
         record = {
             "step": step,
-            "metric": float(metric) if ranked else None,
+            "metric": rank,
             "fingerprint": self.fingerprint,
             "leaves": {name: describe(leaf) for name, leaf in leaves.items()},
             "key_implementations": {n: str(jax.random.key_impl(leaf)) for n, leaf in leaves.items() if is_key(leaf)},
@@ -128,8 +127,8 @@ class Checkpoints:
         copies = {name: copied(leaf) for name, leaf in leaves.items() if leaf.size}
         tree = {"leaves": copies, "checksums": checksums(copies), "arrays": packed}
         items = {STATE_ITEM: ocp.args.StandardSave(tree), RECORD_ITEM: ocp.args.JsonSave(record)}
-        if ranked:
-            self.retention.metrics[ordinal] = float(metric)
+        if rank is not None:
+            self.retention.metrics[ordinal] = rank
         try:
             self.manager.save(ordinal, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds; all mean that nothing was committed
@@ -153,6 +152,7 @@ class Checkpoints:
             self.wait()
         finally:
             self.manager.close()
+            self.quiet.close()
 
     def entries(self) -> list[Entry]:
         """The checkpoints that can be listed, oldest first; one without a readable record is left out."""
@@ -234,7 +234,7 @@ class Checkpoints:
             arrays = unpack_arrays(found["arrays"])
         except Exception:  # a damaged file shows as any of a dozen kinds
             return None
-        if not np.array_equal(to_host(checksums(found["leaves"])), found["checksums"]):
+        if not np.array_equal(checksums(found["leaves"]), found["checksums"]):
             return None
         implementations = record["key_implementations"]
         values = [
@@ -264,11 +264,12 @@ class Checkpoints:
             self.manager.reload()
 
     def _failed(self, error: Exception) -> CheckpointFailed:
-        """Clears what a failed save left behind, so that a full disk gets its space back, and says what happened."""
+        """Starts afresh after a failed save, removing what it wrote (a full disk gets its space back)."""
+        close_failed(self.manager)
         if jax.process_index() == 0:
-            for path in ocp.utils.tmp_checkpoints(self.folder):
-                shutil.rmtree(self.folder / path, ignore_errors=True)
-        self.manager.reload()
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+        self.manager = make_manager(self.folder, self.retention)
         present = set(self.manager.all_steps())
         for ordinal in set(self.retention.metrics) - present:
             del self.retention.metrics[ordinal]
@@ -300,149 +301,10 @@ def open_checkpoints(
     check_json(dict(fingerprint), "fingerprint")
     path = pathlib.Path(folder).resolve()
     retention = Retention(keep_last, keep_best, {})
-    options = ocp.CheckpointManagerOptions(
-        enable_async_checkpointing=True, cleanup_tmp_directories=True, preservation_policy=retention
+    quiet = contextlib.ExitStack()
+    quiet.enter_context(quiet_orbax())
+    checkpoints = Checkpoints(path, dict(fingerprint), make_manager(path, retention), retention, report, quiet)
+    retention.metrics.update(
+        {entry.ordinal: entry.metric for entry in checkpoints.entries() if entry.metric is not None}
     )
-    manager = ocp.CheckpointManager(path, options=options)
-    checkpoints = Checkpoints(path, dict(fingerprint), manager, retention, report)
-    retention.metrics.update({entry.ordinal: entry.metric for entry in checkpoints.entries() if entry.metric is not None})
     return checkpoints
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by their dotted path, in tree order. Raises: a leaf without shape, dtype and sharding -> ValueError."""
-    named = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or leaf.sharding is None:
-            raise ValueError(f"state leaf '{name}': expected a jax array (or a shape with a sharding), got {type(leaf)}")
-        if name in named:
-            raise ValueError(f"state has two leaves of the name '{name}'")
-        named[name] = leaf
-    return named
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether a leaf holds typed random keys."""
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def describe(leaf: Any) -> str:
-    """Dtype and shape as text, such as `float32[4,128]` or `key<fry>[2]`."""
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def copied(leaf: Any) -> Any:
-    """The array that is written for a leaf (the uint32 words of random keys), safe from a later donation.
-
-    On an accelerator orbax waits for the transfer to the host before `save` returns, and that transfer is the copy. On
-    a CPU the transfer may be a view of the same memory, so it is copied here.
-    """
-    array = jax.random.key_data(leaf) if is_key(leaf) else leaf
-    return jnp.copy(array) if any(device.platform == "cpu" for device in array.devices()) else array
-
-
-def target(leaf: Any) -> Any:
-    """What orbax restores a leaf as: into its sharding, or as NumPy where the template is not committed to a device."""
-    like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    words = jax.eval_shape(jax.random.key_data, like) if is_key(leaf) else like
-    if isinstance(leaf, jax.Array) and not leaf.committed:
-        return np.zeros(words.shape, words.dtype)
-    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
-
-
-def empty(leaf: Any) -> Any:
-    """A leaf of no entries, which orbax does not write."""
-    return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-
-
-def as_leaf(value: Any, implementation: str | None) -> Any:
-    """A restored array as the leaf it was; `implementation` names the generator of random keys."""
-    array = jnp.asarray(value)
-    return array if implementation is None else jax.random.wrap_key_data(array, impl=implementation)
-
-
-@jax.jit
-def checksums(leaves: dict[str, Any]) -> UInt[Array, " n"]:
-    """One number per leaf, in the order of the names: sum over entries i of word_i * (2 i + 1), modulo 2^32.
-
-    The factors are odd, so a change of any single word changes it; integer sums do not depend on the sharding.
-    """
-    return jnp.stack([checksum(leaves[name]) for name in sorted(leaves)])
-
-
-def checksum(array: Any) -> UInt[Array, ""]:
-    """The sum of `checksums` for one array of 1, 2 or 4 byte entries; an 8 byte entry counts as two words."""
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    width = min(array.dtype.itemsize, 4)
-    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
-    place = jnp.zeros(words.shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(words.ndim)):
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
-        stride *= words.shape[axis]
-    return jnp.sum(words * (place * np.uint32(2) + np.uint32(1)), dtype=jnp.uint32)
-
-
-def pack_arrays(arrays: Mapping[str, np.ndarray]) -> UInt[np.ndarray, " bytes"]:
-    """Arrays as the bytes of one npz file, whose entries carry CRCs. Raises: not NumPy, or objects -> ValueError."""
-    for name, array in arrays.items():
-        if not isinstance(array, np.ndarray) or array.dtype.hasobject:
-            raise ValueError(f"arrays['{name}']: expected a NumPy array of plain values, got {type(array).__name__}")
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **{f"array {name}": array for name, array in arrays.items()})
-    return np.frombuffer(buffer.getvalue(), np.uint8)
-
-
-def unpack_arrays(packed: UInt[np.ndarray, " bytes"]) -> dict[str, np.ndarray]:
-    """The inverse of `pack_arrays`."""
-    with np.load(io.BytesIO(np.asarray(packed).tobytes()), allow_pickle=False) as archive:
-        return {name.removeprefix("array "): archive[name] for name in archive.files}
-
-
-def check_json(value: Any, path: str) -> None:
-    """Raises ValueError naming the first value inside that JSON does not give back (tuples pass, as lists)."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{path}: expected string keys, got {key!r} of {type(key).__name__}")
-            check_json(inner, f"{path}.{key}")
-    elif isinstance(value, list | tuple):
-        for place, inner in enumerate(value):
-            check_json(inner, f"{path}[{place}]")
-    elif value is not None and not isinstance(value, str | int | float):
-        raise ValueError(f"{path}: expected a JSON value, got {type(value).__name__}; convert it, or pass it in arrays")
-
-
-def as_json(value: Any) -> Any:
-    """The value as JSON gives it back."""
-    return json.loads(json.dumps(value))
-
-
-def differences(saved: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Fields that differ between two nested mappings, as `name: checkpoint has ..., this run has ...`."""
-    found = []
-    for name in [*saved, *(name for name in ours if name not in saved)]:
-        old, new = saved.get(name, "nothing"), ours.get(name, "nothing")
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(f"{prefix}{name}: checkpoint has {old}, this run has {new}")
-    return found
-
-
-def refuse(found: Sequence[str], where: str, what: str) -> None:
-    """Raises ValueError listing the differences, where there are any."""
-    if found:
-        more = f"; and {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
-        raise ValueError(
-            f"{where} is of another {what} ({'; '.join(found[:SHOWN_DIFFERENCES])}{more}). "
-            "Change these fields back, or choose another run folder by `name`"
-        )
-
-
-def first_line(error: BaseException) -> str:
-    """An error as one line of at most 300 characters."""
-    text = str(error).strip() or type(error).__name__
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"

@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Float
 
 from hptjax.losses.logprobs import TokenStats
+from hptjax.losses.stability import StabilityMask
 from hptjax.losses.upge import weighted_sum
 from hptjax.records import Source
 from hptjax.types import Array, MicroBatch, Params, Peak, Stat, SumCount
@@ -44,14 +45,19 @@ def per_token(segment_values: Float[Array, "B S"], micro_batch: MicroBatch, *, p
 
 
 def make_losses(
-    token_stats: TokenStatsFn, token_losses: Mapping[str, TokenLoss], *, log_ratio_limit: float = 0.0
+    token_stats: TokenStatsFn,
+    token_losses: Mapping[str, TokenLoss],
+    *,
+    scored: bool = False,
+    stability_mask: StabilityMask | None = None,
 ) -> Callable[[Mapping[str, Params], MicroBatch], tuple[dict[str, Any], dict[str, Stat]]]:
     """The `Losses` of a policy objective: named scalar sums and named statistics.
 
     Args
       token_stats: the model call, for the tree named `policy`.
       token_losses: term name -> token loss; a micro-batch must carry a plane of each name.
-      log_ratio_limit: tokens whose |log ratio| to the denominator policy is above it are counted as `actor/ratio_far`.
+      scored: whether `rollout_logprobs` come from a score pass, so that the distance to them means something.
+      stability_mask: of the `rl` term; its share of masked tokens is then reported.
 
     Gradient: flows through the policy's log-probs and entropy; stopped at weights, advantages and stored log-probs.
     """
@@ -63,13 +69,17 @@ def make_losses(
             name: weighted_sum(token_loss(view, micro_batch.planes[name].advantages), micro_batch.planes[name].weights)
             for name, token_loss in token_losses.items()
         }
-        return named, _statistics(view, micro_batch, named, log_ratio_limit)
+        return named, _statistics(view, micro_batch, named, scored, stability_mask)
 
     return losses
 
 
 def _statistics(
-    view: TokenView, micro_batch: MicroBatch, named: Mapping[str, Any], log_ratio_limit: float
+    view: TokenView,
+    micro_batch: MicroBatch,
+    named: Mapping[str, Any],
+    scored: bool,
+    stability_mask: StabilityMask | None,
 ) -> dict[str, Stat]:
     """Sums, counts and peaks of one micro-batch; merged over the window by kind, divided on the host."""
     live = micro_batch.completion_mask
@@ -78,7 +88,7 @@ def _statistics(
     rollout = live & (source >= 0.0) & ~demonstration
     logprobs = jax.lax.stop_gradient(view.logprobs)
     sampler_gap = jnp.abs(logprobs - micro_batch.sampler_logprobs)
-    log_ratio = jnp.abs(logprobs - view.rollout_logprobs)
+    log_ratio = logprobs - view.rollout_logprobs
     one = jnp.ones((), jnp.float32)
 
     def over(mask: Any, values: Any) -> SumCount:
@@ -91,8 +101,11 @@ def _statistics(
         "actor/rollout_nll": over(rollout, -logprobs),
         "rollout/logp_diff_mean": over(rollout, sampler_gap),
         "rollout/logp_diff_max": Peak(jnp.max(jnp.where(rollout, sampler_gap, 0.0))),
-        "actor/ratio_far": over(rollout, (log_ratio > log_ratio_limit).astype(jnp.float32)),
     }
+    if scored:
+        stats["actor/ppo_kl"] = over(rollout, -log_ratio)
+    if stability_mask is not None:
+        stats["actor/pg_clipfrac"] = over(rollout, 1.0 - stability_mask(log_ratio, micro_batch.planes["rl"].advantages))
     if view.entropy is not None:
         stats["actor/entropy"] = over(live, jax.lax.stop_gradient(view.entropy))
     for name, value in named.items():

@@ -13,7 +13,6 @@ import numpy as np
 
 from hptjax.hpt.assemble import Update
 from hptjax.hpt.gate import gate, group_rollouts, select_live, solved_counts, split_questions
-from hptjax.masked import mean, ratio
 from hptjax.records import FinishReason, Objective, Question, Request, Sample, SampleId, Verdict
 from hptjax.train.open_step import OpenStep
 from hptjax.types import Params
@@ -96,45 +95,46 @@ def assemble_updates(gated: Gated, *, updates: int, mask_overlong: bool, assembl
 
 
 def rollout_metrics(step: OpenStep, gated: Gated, updates: Sequence[Update], *, group_size: int) -> dict[str, Any]:
-    """What the host knows of a step before its updates: rewards, lengths, the gate, the packing."""
+    """What the host knows of a step before its updates: rewards, lengths, the gate, the packing.
+
+    Values are as `diagnostics.metrics` declares their reduction: (total, count) pairs, counts per bin, or numbers.
+    """
     rollouts = list(step.samples.values())
-    questions = len(step.questions)
-    gated_to_sft = sum(objective == Objective.SFT for objective in gated.objectives)
-    rows = sum(len(update.samples) for update in updates)
     demonstrations = sum(1 for sample in gated.live if sample.sample_id not in step.samples)
+    batches = sum(len(update.micro_batches) for update in updates)
     row: dict[str, Any] = {
-        "hpt/gate_sft_frac": ratio(gated_to_sft, questions),
-        "on_off_metrics/off_example_ratio": ratio(demonstrations, len(gated.live)),
-        "batch/live_rows": rows,
+        "hpt/gate_sft_frac": (sum(o == Objective.SFT for o in gated.objectives), len(step.questions)),
+        "on_off_metrics/off_example_ratio": (demonstrations, len(gated.live)),
+        "batch/live_rows": sum(len(update.samples) for update in updates),
         "batch/rollouts": len(rollouts),
-        "batch/micro_batches": sum(len(update.micro_batches) for update in updates),
-        "batch/fill": mean(np.asarray([update.fill for update in updates])),
+        "batch/micro_batches": batches,
+        "batch/fill": (sum(update.fill * len(update.micro_batches) for update in updates), batches),
     }
     if not rollouts:
         return row
     rewards = np.asarray([sample.reward for sample in rollouts], np.float64)
     lengths = np.asarray([len(sample.completion_tokens) for sample in rollouts], np.float64)
-    cut = sum(sample.finish_reason == FinishReason.LENGTH for sample in rollouts)
     groups = group_rollouts(rollouts).values()
-    same = sum(len({sample.reward for sample in group}) == 1 for group in groups)
     reasons = [verdict.reason for verdicts in step.verdicts.values() for verdict in verdicts]
-    row |= {
-        "critic/score/mean": mean(rewards),
-        "critic/score/max": float(rewards.max()),
-        "critic/score/min": float(rewards.min()),
-        "batch/solve_none": int(np.sum(gated.solved == 0)),
-        "batch/solve_all": int(np.sum(gated.solved == group_size)),
-        "batch/solved": int(np.sum(gated.solved > 0)),
-        "group/zero_std_frac": ratio(same, len(groups)),
-        "response_length/mean": mean(lengths),
-        "response_length/max": float(lengths.max()),
-        "response_length/min": float(lengths.min()),
-        "response_length/clip_ratio": ratio(cut, len(rollouts)),
+    return row | {
+        "critic/score/mean": (rewards.sum(), rewards.size),
+        "critic/score/max": rewards.max(),
+        "critic/score/min": rewards.min(),
+        "batch/solve_none": np.sum(gated.solved == 0),
+        "batch/solve_all": np.sum(gated.solved == group_size),
+        "batch/solved": np.sum(gated.solved > 0),
+        "group/zero_std_frac": (sum(len({sample.reward for sample in group}) == 1 for group in groups), len(groups)),
+        "response_length/mean": (lengths.sum(), lengths.size),
+        "response_length/max": lengths.max(),
+        "response_length/min": lengths.min(),
+        "response_length/clip_ratio": (
+            sum(sample.finish_reason == FinishReason.LENGTH for sample in rollouts),
+            len(rollouts),
+        ),
         "verifier/timeouts": sum(reason == "timeout" for reason in reasons),
         "verifier/failures": sum(reason == "crashed" or reason.startswith("raised") for reason in reasons),
+        "hpt/rate_hist": np.bincount(np.asarray(gated.solved, np.int64), minlength=group_size + 1).tolist(),
     }
-    counts = np.bincount(np.asarray(gated.solved, np.int64), minlength=group_size + 1)
-    return row | {f"hpt/rate_hist_{solved}": int(count) for solved, count in enumerate(counts)}
 
 
 def visit_metrics(gated: Gated, questions: Sequence[Question], history: dict[str, list[int]]) -> dict[str, int]:

@@ -131,3 +131,31 @@ def init_state(
             stats=jax.tree.map(jnp.copy, window.stats),
         ),
     )
+
+
+def state_shardings(
+    state: TrainState,
+    optimizers: Mapping[str, optax.GradientTransformation],
+    params: Mapping[str, Any],
+    replicated: jax.sharding.Sharding,
+) -> TrainState:
+    """Where every leaf of a state lives: sums and moments beside their parameters, everything else replicated.
+
+    Args
+      state: a `TrainState` of arrays or shapes. params: per tree, the shardings of its parameters.
+    """
+    everywhere = jax.tree.map(lambda _: replicated, state)
+    chains = {
+        name: Chain(
+            sums=Sums(gradients=params[name], witness=replicated),
+            optimizer=optax.tree.map_params(
+                optimizers[name],
+                lambda _, place: place,
+                chain.optimizer,
+                params[name],
+                transform_non_params=lambda _: replicated,
+            ),
+        )
+        for name, chain in state.chains.items()
+    }
+    return everywhere.replace(params=dict(params), chains=chains)

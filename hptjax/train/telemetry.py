@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers as numbers_abc
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -32,9 +33,11 @@ LINE = {
     "sft/loss": ("sft loss", "{:.3f}"),
     "actor/grad_norm": ("grad", "{:.3f}"),
     "perf/throughput": ("tok/s", "{:,.0f}"),
+    "validation/pass@1": ("validation pass@1", "{:.3f}"),
+    "validation/pass@8": ("pass@8", "{:.3f}"),
 }
 
-Write = Callable[[int, Mapping[str, float]], None]
+Write = Callable[[int, Mapping[str, Any]], None]  # (steps done, metrics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +82,10 @@ def make_telemetry(
             return False
         return True
 
-    def write(step: int, metrics: Mapping[str, float]) -> None:
-        append_row(json_row(step, metrics))
-        live[:] = [sink for sink in live if guarded(sink, lambda: sink.write(step, metrics), f"writing step {step}")]  # noqa: B023
+    def write(step: int, metrics: Mapping[str, Any]) -> None:
+        append_row({"step": step, "time_s": time.time(), **metrics})
+        scalars = numbers(metrics)
+        live[:] = [sink for sink in live if guarded(sink, lambda: sink.write(step, scalars), f"writing step {step}")]  # noqa: B023
 
     def close() -> None:
         for sink in live:
@@ -91,22 +95,18 @@ def make_telemetry(
     return Telemetry(write, lambda text: console.print(text, markup=False, highlight=False), close)
 
 
-def json_row(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """A row of metrics.jsonl. JSON has no NaN: such a value becomes null and its name stands under `nonfinite`."""
-    values = {name: float(value) for name, value in metrics.items()}
-    nonfinite = sorted(name for name, value in values.items() if not math.isfinite(value))
-    row: dict[str, Any] = {"step": step, "time_s": time.time()}
-    row |= {name: None if name in nonfinite else value for name, value in values.items()}
-    return row | ({"nonfinite": nonfinite} if nonfinite else {})
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that are numbers; texts such as the stage's name go to metrics.jsonl only."""
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, numbers_abc.Real)}
 
 
 def tensorboard_sink(folder: str | pathlib.Path, *, first_step: int) -> Sink:
-    """Scalars to TensorBoard event files (tensorboardX). Points at or after `first_step` of a killed run are purged."""
+    """Scalars to TensorBoard event files (tensorboardX). Points of a killed run at `first_step` or later are purged."""
     import tensorboardX
 
     writer = tensorboardX.SummaryWriter(str(folder), purge_step=first_step)
 
-    def write(step: int, metrics: Mapping[str, float]) -> None:
+    def write(step: int, metrics: Mapping[str, Any]) -> None:
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
 
@@ -137,8 +137,8 @@ def progress_sink(
     """One short line: step, the metrics of `LINE`, and the time left; a live bar on a terminal, else a line per step.
 
     Args
-      total_steps: of the whole run, earlier stages included. first_step: where this process began; the estimate of the
-        time left counts only the steps since.
+      total_steps: of the whole run, earlier stages included. first_step: steps done before this process began; the
+        estimate of the time left counts only the steps since.
       log_every: steps between lines where the output is not a terminal.
     """
     console = console or Console(stderr=True)
@@ -156,19 +156,18 @@ def progress_sink(
         task = bar.add_task("step", total=total_steps, completed=first_step, line="")
         bar.start()
 
-    def write(step: int, metrics: Mapping[str, float]) -> None:
-        done = step + 1
-        left_s = ratio((clock() - began) * (total_steps - done), done - first_step)
+    def write(step: int, metrics: Mapping[str, Any]) -> None:
+        left_s = ratio((clock() - began) * (total_steps - step), step - first_step)
         line = progress_line(metrics, left_s)
         if bar is not None:
-            bar.update(task, completed=done, line=line)
-        elif done % log_every == 0 or done == total_steps:
-            console.print(f"step {done}/{total_steps}  {line}", markup=False, highlight=False, soft_wrap=True)
+            bar.update(task, completed=step, line=line)
+        elif step % log_every == 0 or step == total_steps:
+            console.print(f"step {step}/{total_steps}  {line}", markup=False, highlight=False, soft_wrap=True)
 
     return Sink("progress", write, bar.stop if bar is not None else lambda: None)
 
 
-def progress_line(metrics: Mapping[str, float], left_s: float) -> str:
+def progress_line(metrics: Mapping[str, Any], left_s: float) -> str:
     """For example `reward 0.312  sft 0.41  tok/s 5,120  eta 3:10`."""
     parts = [f"{label} {form.format(metrics[name])}" for name, (label, form) in LINE.items() if name in metrics]
     if math.isfinite(left_s):

@@ -1,0 +1,57 @@
+# make quickstart   makes .venv, installs the pinned dependencies, trains, prints a table and where the plots are
+# make test         makes .venv if absent, runs the tests
+# make test-full    the slow tests too
+# make base-model   trains the base model that the repository ships
+# make lint         ruff and mypy
+# make venv         only the environment
+#
+# ACCEL=cuda13 or ACCEL=tpu chooses the jax build. VENV=folder puts the environment elsewhere.
+
+ACCEL ?= cpu
+VENV ?= .venv
+PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(ACCEL)
+comma := ,
+EXTRAS := dev$(if $(filter-out cpu,$(ACCEL)),$(comma)$(ACCEL))
+
+ifeq ($(filter $(ACCEL),cpu cuda13 tpu),)
+$(error expected ACCEL to be cpu, cuda13 or tpu, got '$(ACCEL)')
+endif
+
+.PHONY: quickstart test test-full base-model lint venv
+
+quickstart: $(STAMP)
+	$(BIN)/hptjax train configs/quickstart.toml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-full: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not gpu and not tpu"
+
+base-model: $(STAMP)
+	$(BIN)/hptjax train configs/base_model.toml
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check hptjax tests
+	$(BIN)/ruff check hptjax tests
+	$(BIN)/mypy
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@python=; for candidate in $(PYTHONS); do \
+	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    python=$$candidate; break; \
+	  fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "hptjax needs Python 3.11 or newer with its venv module; looked for: $(PYTHONS)." >&2; \
+	  echo "Found: $$(python3 --version 2>&1 || echo no python3). Install a newer one or run make PYTHON=/its/path." >&2; \
+	  exit 1; \
+	fi; \
+	if [ ! -x $(BIN)/pip ]; then echo "making $(VENV) with $$($$python --version)"; $$python -m venv --clear $(VENV); fi
+	@echo "installing hptjax[$(EXTRAS)] with the versions of constraints.txt (some minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,158 @@
+"""From the config's task to questions: instances, disjoint splits, text, tokens, verified demonstrations."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hptjax.config import Config, TaskConfig
+from hptjax.data import tokenizer as text
+from hptjax.data.prepare import prepare_questions
+from hptjax.data.split import split_by_canonical
+from hptjax.records import Example, Question, Request, Sample, SampleId, Verdict
+from hptjax.rewards.combine import combine
+from hptjax.rewards.pool import RewardPool
+from hptjax.tasks.countdown import countdown
+from hptjax.tasks.task import Task
+from hptjax.train.phases import Judge, MakeRequests
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Questions:
+    """The splits as questions with unique ids over all of them, and how many examples were dropped, by reason."""
+
+    train: list[Question]
+    validation: list[Question]
+    test: list[Question]
+    dropped: Mapping[str, Mapping[str, int]]
+
+
+def build_task(task: TaskConfig) -> Task:
+    """The task with its knobs set."""
+    return countdown(
+        numbers=task.numbers,
+        low=task.low,
+        high=task.high,
+        target_low=task.target_low,
+        target_high=task.target_high,
+        operators=task.operators,
+        negative=task.negative,
+        max_value=task.max_value,
+        style=task.style,
+        shuffle=task.shuffle,
+    )
+
+
+def build_examples(config: Config, task: Task) -> dict[str, list[Example]]:
+    """Split name -> examples; the splits share no canonical instance, and question ids are unique over all.
+
+    Which split an instance belongs to depends on itself and `data.split_seed` alone, so it does not move when another
+    size changes; the base model's share (`data.fractions.base`) never meets a question of a later run.
+    """
+    data = config.data
+    limits = {
+        "train": data.train_questions,
+        data.train_split: data.train_questions,
+        "validation": data.validation_questions,
+        "test": data.test_questions,
+    }
+    fractions = {name: share for name, share in dataclasses.asdict(data.fractions).items() if share > 0}
+    instances = task.generate(config.task.seed, config.task.instances)
+    splits = split_by_canonical(
+        instances,
+        seed=data.split_seed,
+        fractions=fractions,
+        limits={name: limit for name, limit in limits.items() if name in fractions},
+    )
+    wanted = {"train": splits[data.train_split], "validation": splits["validation"], "test": splits["test"]}
+    examples = iter(task.write([item for members in wanted.values() for item in members], config.task.seed))
+    return {name: [next(examples) for _ in members] for name, members in wanted.items()}
+
+
+def build_questions(config: Config, task: Task, tokenizer: Any, pool: RewardPool) -> Questions:
+    """The splits with tokens, their demonstrations verified; what does not fit is dropped and counted."""
+    prepared: dict[str, list[Question]] = {}
+    dropped: dict[str, dict[str, int]] = {}
+    for name, examples in build_examples(config, task).items():
+        prepared[name], dropped[name] = prepare_questions(
+            examples,
+            encode_prompt=functools.partial(text.encode_prompt, tokenizer),
+            encode_demonstration=functools.partial(text.encode_demonstration, tokenizer),
+            decode=functools.partial(text.decode, tokenizer),
+            judge=functools.partial(pool.judge, task.verify),
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_completion_tokens=config.rollout.max_completion_tokens,
+        )
+    return Questions(dropped=dropped, **prepared)
+
+
+def build_judge(config: Config, task: Task, tokenizer: Any, pool: RewardPool) -> Judge:
+    """Asks every reward function about every sample; the first one's word is what the gate counts."""
+    by_name = {"verify": task.verify, "well_formed": task.well_formed}
+    unknown = [function.name for function in config.reward.functions if function.name not in by_name]
+    if unknown:
+        raise ValueError(
+            f"expected reward functions of the task {task.name!r} ({sorted(by_name)}), got {unknown}; "
+            "change reward.functions"
+        )
+    functions = [by_name[function.name] for function in config.reward.functions]
+    weights = [function.weight for function in config.reward.functions]
+
+    def judge(samples: Sequence[Sample], questions: Mapping[int, Question]) -> list[tuple[Sample, list[Verdict]]]:
+        completions = [text.decode(tokenizer, sample.completion_tokens) for sample in samples]
+        answers = [questions[sample.sample_id.question].example.answer for sample in samples]
+        verdicts = pool.score(functions, completions, answers)
+        rewards = combine(verdicts, weights)
+        judged = [
+            dataclasses.replace(sample, reward=float(total), solved=bool(solved))
+            for sample, total, solved in zip(samples, rewards.total, rewards.solved, strict=True)
+        ]
+        return list(zip(judged, verdicts, strict=True))
+
+    return judge
+
+
+def build_requests(config: Config, stop_ids: frozenset[int]) -> MakeRequests:
+    """A group of `rollout.group_size` requests per question, keyed by question, visit and index."""
+    rollout = config.rollout
+    return request_maker(
+        count=rollout.group_size,
+        max_completion_tokens=rollout.max_completion_tokens,
+        stop_ids=stop_ids,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+    )
+
+
+def request_maker(
+    *,
+    count: int,
+    max_completion_tokens: int,
+    stop_ids: frozenset[int],
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> MakeRequests:
+    """Questions and a round -> `count` requests for each question."""
+
+    def make_requests(questions: Sequence[Question], visit: int) -> list[Request]:
+        return [
+            Request(
+                sample_id=SampleId(question.question_id, visit, index),
+                prompt_tokens=np.asarray(question.prompt_tokens, np.int32),
+                max_completion_tokens=max_completion_tokens,
+                stop_ids=stop_ids,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+            )
+            for question in questions
+            for index in range(count)
+        ]
+
+    return make_requests

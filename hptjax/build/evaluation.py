@@ -1,0 +1,146 @@
+"""What is measured when: validation during a run, test and training questions at its ends, each with its counts on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hptjax.build.data import Questions, request_maker
+from hptjax.build.policy import Policy
+from hptjax.config import Config
+from hptjax.data import tokenizer as text
+from hptjax.eval.evaluate import EvalResult, eval_metrics, evaluate, heldout_demonstration_nll, panel_rows
+from hptjax.hpt.assemble import assemble
+from hptjax.hpt.gate import demonstration_sample
+from hptjax.hpt.terms import Term
+from hptjax.losses.advantages import ones
+from hptjax.losses.reducers import token_mean
+from hptjax.records import Question, Source
+from hptjax.rundir import write_json
+from hptjax.sharding.mesh import put_micro_batch
+from hptjax.train.jsonl import open_jsonl
+from hptjax.train.phases import Judge
+from hptjax.types import MicroBatch, Params
+
+DuringTraining = Callable[[int, Params], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluator:
+    """`measure(split, params)` gives figures as JSON; `during_training(folder, total_steps)` gives the loop's function."""
+
+    measure: Callable[[str, Params], dict[str, Any]]
+    during_training: Callable[[Path, int], DuringTraining]
+
+
+def build_evaluator(config: Config, policy: Policy, questions: Questions, judge: Judge, key: Any) -> Evaluator:
+    """The evaluator of a run. Its random numbers depend on the question alone, so checkpoints share their noise."""
+    options = config.eval
+    splits = {
+        "validation": questions.validation[: options.questions],
+        "test": questions.test,
+        "train": questions.train[: max(options.train_questions, 1)],
+    }
+    make_requests = request_maker(
+        count=options.samples_per_question,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        stop_ids=text.stop_ids(policy.tokenizer),
+        temperature=options.temperature,
+    )
+    decode = functools.partial(text.decode, policy.tokenizer)
+    demonstrations = functools.cache(lambda: _demonstration_batches(config, policy, splits["validation"]))
+    score = jax.jit(lambda params, batch: policy.token_stats(False)(params, batch).logprobs)
+
+    def run(params: Params, chosen: Sequence[Question]) -> EvalResult:
+        return evaluate(
+            params,
+            chosen,
+            key,
+            make_requests=make_requests,
+            sample=policy.sample,
+            judge=judge,
+            samples_per_question=options.samples_per_question,
+            ks=options.ks,
+        )
+
+    def measure(split: str, params: Params) -> dict[str, Any]:
+        result = run(params, splits[split])
+        figures = {f"pass@{k}": dataclasses.asdict(estimate) for k, estimate in result.pass_at_k.items()}
+        return figures | {
+            "questions": len(splits[split]),
+            "samples_per_question": options.samples_per_question,
+            "mean_length": result.mean_length,
+            "length_clip_ratio": result.length_clip_ratio,
+        }
+
+    def during_training(folder: Path, total_steps: int) -> DuringTraining:
+        def at_step(step: int, params: Params) -> dict[str, float]:
+            ends = step in (0, total_steps)
+            names = ["validation"]
+            names += ["test"] if ends or step in options.test_steps else []
+            names += ["train"] if ends and options.train_questions else []
+            row: dict[str, float] = {}
+            for name in names:
+                result = run(params, splits[name])
+                write_counts(folder, name, step, result)
+                row |= eval_metrics(result, name)
+                if name == "validation":
+                    panel = splits[name][: config.train.panel_questions]
+                    with open_jsonl(folder / "panel.jsonl") as file:
+                        for line in panel_rows(result, panel, decode, step=step):
+                            file.write(line)
+            loss = heldout_demonstration_nll(params, demonstrations(), score)
+            return row | {"probe/heldout_demo_nll": loss.per_token}
+
+        return at_step
+
+    return Evaluator(measure, during_training)
+
+
+def write_counts(folder: Path, split: str, step: int, result: EvalResult) -> None:
+    """Solved counts per question of one evaluation, for pairing by question later."""
+    path = counts_path(folder, split, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "split": split,
+        "step": step,
+        "samples": result.samples_per_question,
+        "question_ids": result.question_ids.tolist(),
+        "solved": result.solved_counts.tolist(),
+    }
+    write_json(path, record)
+
+
+def read_counts(folder: Path, split: str, step: int) -> tuple[np.ndarray, int]:
+    """(solved counts per question [Q], samples per question) of an evaluation.
+
+    Raises FileNotFoundError where that evaluation was not made.
+    """
+    record = json.loads(counts_path(folder, split, step).read_text(encoding="utf-8"))
+    return np.asarray(record["solved"], np.int64), int(record["samples"])
+
+
+def counts_path(folder: Path, split: str, step: int) -> Path:
+    """`evaluations/<split>_<step>.json` of a run folder."""
+    return folder / "evaluations" / f"{split}_{step:06d}.json"
+
+
+def _demonstration_batches(config: Config, policy: Policy, questions: Sequence[Question]) -> list[MicroBatch]:
+    """The demonstrations of held-out questions, packed and placed."""
+    term = Term("demonstration", frozenset({Source.DEMONSTRATION}), 1.0, token_mean, ones)
+    update = assemble(
+        [demonstration_sample(question) for question in questions],
+        [term],
+        rows=config.batch.rows,
+        row_tokens=config.batch.row_tokens,
+        max_segments=config.batch.max_segments,
+        max_micro_batches=len(questions),
+    )
+    return [put_micro_batch(policy.mesh, micro_batch) for micro_batch in update.micro_batches]

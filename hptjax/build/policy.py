@@ -1,0 +1,133 @@
+"""The policy of a run: decoder, parameters on their mesh, tokenizer, and the compiled functions that use them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hptjax.config import Config, ShapeConfig
+from hptjax.data.tokenizer import load_tokenizer
+from hptjax.losses.logprobs import TokenStats, token_logprobs
+from hptjax.models import decoder
+from hptjax.models.folder import load_folder
+from hptjax.models.shape import DecoderConfig
+from hptjax.rollout.engine import RolloutShardings, make_engine
+from hptjax.sharding.mesh import make_mesh
+from hptjax.sharding.rules import make_constrain, named_shardings
+from hptjax.train.objective import TokenStatsFn, per_token
+from hptjax.types import MicroBatch, Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policy:
+    """A model in place: everything the run needs of it.
+
+    Args
+      params: float32, sharded over `mesh`. shardings: the same tree. sample: the rollout engine, (params, requests,
+        key, *, should_stop, on_wave) -> samples. token_stats: want_entropy -> the model call of the losses.
+    """
+
+    config: DecoderConfig
+    params: Params
+    shardings: Any
+    mesh: jax.sharding.Mesh
+    tokenizer: Any
+    sample: Callable[..., Any]
+    token_stats: Callable[[bool], TokenStatsFn]
+
+
+def build_policy(config: Config) -> Policy:
+    """Loads or makes the model that the config names, puts it on its mesh, and makes its functions."""
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
+    if config.model.path is not None:
+        shape, params = load_folder(Path(config.model.path))
+    else:
+        shape = from_scratch(config.model.shape, len(tokenizer))
+        params = decoder.init_params(jax.random.key(config.seed), shape)
+    if len(tokenizer) > shape.vocab_size:
+        raise ValueError(
+            f"expected a tokenizer with at most {shape.vocab_size} tokens, the model's vocabulary, got "
+            f"{len(tokenizer)}; change model.tokenizer or model.path"
+        )
+    mesh = make_mesh(config.mesh.data, config.mesh.tensor)
+    shardings = named_shardings(mesh, decoder.logical_axes(shape), shapes=decoder.param_shapes(shape))
+    params = jax.tree.map(lambda leaf, place: jax.device_put(jnp.asarray(leaf, jnp.float32), place), params, shardings)
+    constrain = make_constrain(mesh)
+    dtype = jnp.dtype(config.model.compute_dtype)
+
+    def token_stats(want_entropy: bool) -> TokenStatsFn:
+        def stats(params: Params, micro_batch: MicroBatch) -> TokenStats:
+            hidden = decoder.forward(
+                params,
+                micro_batch.input_tokens,
+                micro_batch.positions,
+                micro_batch.segment_ids,
+                config=shape,
+                compute_dtype=dtype,
+                constrain=constrain,
+                remat=config.model.remat,
+            )
+            return token_logprobs(
+                hidden,
+                decoder.unembedding(params, shape).astype(dtype),
+                micro_batch.target_tokens,
+                per_token(micro_batch.temperature, micro_batch, padding=1.0),
+                chunk_tokens=config.model.logprob_chunk_tokens,
+                want_entropy=want_entropy,
+                live=micro_batch.completion_mask,
+            )
+
+        return stats
+
+    rollout = config.rollout
+    sample = make_engine(
+        prefill=partial(
+            decoder.prefill, config=shape, capacity=rollout.cache_capacity, compute_dtype=dtype, constrain=constrain
+        ),
+        decode_step=partial(decoder.decode_step, config=shape, compute_dtype=dtype, constrain=constrain),
+        unembedding=lambda params: decoder.unembedding(params, shape).astype(dtype),
+        vocab_size=shape.vocab_size,
+        slots=rollout.slots,
+        prompt_buckets=rollout.prompt_buckets,
+        cache_capacity=rollout.cache_capacity,
+        tokens_per_call=rollout.tokens_per_call,
+        pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        prefill_rows=rollout.prefill_rows,
+        shardings=_rollout_shardings(mesh) if mesh.size > 1 else None,
+    )
+    return Policy(shape, params, shardings, mesh, tokenizer, sample, token_stats)
+
+
+def from_scratch(shape: ShapeConfig, vocab_size: int) -> DecoderConfig:
+    """The decoder of `model.shape`, with the tokenizer's vocabulary."""
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        mlp_size=shape.mlp_size,
+        rope_theta=shape.rope_theta,
+        qk_norm=shape.qk_norm,
+        attention_bias=shape.attention_bias,
+        tie_embeddings=shape.tie_embeddings,
+        max_positions=shape.max_positions,
+    )
+
+
+def _rollout_shardings(mesh: jax.sharding.Mesh) -> RolloutShardings:
+    """Slots over `data`, as the rows of a micro-batch; the cache by its logical axes."""
+    spec = jax.sharding.PartitionSpec
+    place = partial(jax.sharding.NamedSharding, mesh)
+    return RolloutShardings(
+        rows=place(spec("data")),
+        cache=named_shardings(mesh, decoder.cache_axes()),
+        replicated=place(spec()),
+    )

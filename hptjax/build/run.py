@@ -1,0 +1,329 @@
+"""A run from its config: everything put together, started or taken up again, and summed up at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hptjax.build.data import Questions, build_judge, build_questions, build_task
+from hptjax.build.evaluation import Evaluator, build_evaluator
+from hptjax.build.policy import Policy, build_policy
+from hptjax.build.stages import build_stages
+from hptjax.build.summary import summarise, summary_table
+from hptjax.config import Config, resolved
+from hptjax.data import tokenizer as text
+from hptjax.masked import mean
+from hptjax.models.folder import save_folder
+from hptjax.records import Objective
+from hptjax.rewards.pool import RewardPool
+from hptjax.rundir import compile_cache_folder, open_run_folder, run_folder, write_json
+from hptjax.sharding.agree import agree
+from hptjax.sharding.host import to_host
+from hptjax.sharding.mesh import put_micro_batch
+from hptjax.train.checkpoint import CheckpointFailed, Checkpoints, open_checkpoints
+from hptjax.train.jsonl import open_jsonl, truncate_after
+from hptjax.train.loop import Cadence, Progress, Stage, Stopped, World, progress_from_host, run
+from hptjax.train.open_step import OpenStep
+from hptjax.train.phases import Gated
+from hptjax.train.telemetry import (
+    Telemetry,
+    make_telemetry,
+    progress_sink,
+    rollout_row,
+    tensorboard_sink,
+    wandb_sink,
+    write_rollouts,
+)
+
+TRAIN_KEY, EVALUATION_KEY = 0, 1  # what the run's random key is split by
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """What every command needs of a run."""
+
+    config: Config
+    policy: Policy
+    questions: Questions
+    judge: Any
+    evaluator: Evaluator
+    key: Any
+
+
+@contextlib.contextmanager
+def open_parts(config: Config) -> Iterator[Parts]:
+    """Model, data, verifier workers and evaluator of a config; the workers end with the block."""
+    use_compile_cache()
+    policy = build_policy(config)
+    task = build_task(config.task)
+    with RewardPool(workers=config.reward.workers, deadline_s=config.reward.deadline_s) as pool:
+        questions = build_questions(config, task, policy.tokenizer, pool)
+        judge = build_judge(config, task, policy.tokenizer, pool)
+        key = jax.random.key(config.seed)
+        evaluator = build_evaluator(config, policy, questions, judge, jax.random.fold_in(key, EVALUATION_KEY))
+        yield Parts(config, policy, questions, judge, evaluator, key)
+
+
+def use_compile_cache() -> None:
+    """Compiled programs are kept between processes, so that a second start is quick."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(compile_cache_folder()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def train(config: Config, *, quiet: bool = False) -> dict[str, Any]:
+    """Runs a config to its end, from where its run folder stands, and returns its summary.
+
+    A finished run is not run again: its summary is returned.
+
+    Raises ValueError for input that cannot be used (config, data, model, a run folder of another config),
+      AccumulationError when an update's evidence fails, SystemExit(0) after a clean stop on SIGTERM or Ctrl-C.
+    """
+    folder = open_run_folder(config)
+    finished = folder / "summary.json"
+    if finished.exists():
+        summary = json.loads(finished.read_text(encoding="utf-8"))
+        if not quiet:
+            print(f"{folder} is finished; nothing was run again.\n{summary_table(summary)}")
+        return summary
+    with open_parts(config) as parts, stop_signals() as should_stop:
+        summary = _train(parts, folder, should_stop, quiet=quiet)
+    if not quiet:
+        print(summary_table(summary))
+    return summary
+
+
+def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet: bool) -> dict[str, Any]:
+    config = parts.config
+    began = time.monotonic()
+    stages = build_stages(config, parts.policy, parts.questions.train)
+    by_id = {question.question_id: question for question in parts.questions.train}
+    with open_checkpoints(
+        folder / "checkpoints",
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+        fingerprint=_fingerprint(config, parts),
+    ) as checkpoints:
+        state, progress = _start_or_resume(parts, stages, checkpoints, by_id)
+        seconds_before = progress.counters.get("seconds", 0.0)
+        for name in ("metrics.jsonl", "ledger.jsonl", "panel.jsonl"):
+            truncate_after(folder / name, progress.step)
+        with contextlib.ExitStack() as files:
+            telemetry = _telemetry(config, folder, stages, progress, files, quiet=quiet)
+            ledger = files.enter_context(open_jsonl(folder / "ledger.jsonl"))
+            if progress.step == 0 and progress.open_step is None:
+                write_json(folder / "data.json", _data_record(parts))
+
+            def save(step: int, state: Any, host: dict[str, Any], arrays: Mapping[str, Any], **options: Any) -> None:
+                host["counters"]["seconds"] = seconds_before + time.monotonic() - began
+                try:
+                    checkpoints.save(step, state, host, arrays, **options)
+                except CheckpointFailed as failure:
+                    telemetry.say(f"warning: {failure}; the run goes on")
+
+            world = World(
+                questions=by_id,
+                sample=_sampler(parts),
+                judge=parts.judge,
+                put=lambda micro_batch: put_micro_batch(parts.policy.mesh, micro_batch),
+                read=to_host,
+                flag=_flags(parts.policy.mesh),
+                log_step=telemetry.write,
+                log_ledger=ledger.write,
+                log_rollouts=_rollout_log(parts, folder),
+                evaluate=parts.evaluator.during_training(folder, sum(stage.steps for stage in stages)),
+                save=save,
+                should_stop=lambda: agree(should_stop()),
+            )
+            cadence = Cadence(
+                evaluate=config.train.eval_every,
+                probe=config.train.probe_every,
+                save=config.checkpoint.every_steps,
+                metric=config.checkpoint.metric,
+            )
+            try:
+                state, progress = run(stages, state, progress, world, cadence)
+            except Stopped:
+                telemetry.say(f"stopped and saved at step {progress.step}; the same command continues")
+                raise SystemExit(0) from None
+        if config.checkpoint.export_folder is not None:
+            export(parts, state.params["policy"], Path(config.checkpoint.export_folder))
+        summary = summarise(folder, seconds=seconds_before + time.monotonic() - began, ks=config.eval.ks)
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _start_or_resume(
+    parts: Parts, stages: Sequence[Stage], checkpoints: Checkpoints, by_id: Mapping[int, Any]
+) -> tuple[Any, Progress]:
+    """The state and progress of the newest good checkpoint, or of the beginning."""
+    params = {"policy": parts.policy.params}
+
+    def template(host: Mapping[str, Any]) -> Any:
+        return stages[min(host["stage"], len(stages) - 1)].start(params, None)
+
+    restored = checkpoints.restore_latest(template)
+    if restored is None:
+        return stages[0].start(params, None), Progress()
+    progress = progress_from_host(restored.host, restored.arrays, by_id)
+    stages[min(progress.stage, len(stages) - 1)].stream.set_state(restored.host["stream"])
+    return restored.state, progress
+
+
+def _fingerprint(config: Config, parts: Parts) -> dict[str, Any]:
+    """What a checkpoint must share with this run to be taken up."""
+    return {"model": dataclasses.asdict(parts.policy.config), "config": resolved(config)["hpt"], "seed": config.seed}
+
+
+def _data_record(parts: Parts) -> dict[str, Any]:
+    questions = parts.questions
+    prompts = np.asarray([len(question.prompt_tokens) for question in questions.train])
+    demonstrations = np.asarray([len(question.demonstration_tokens) for question in questions.train])
+    return {
+        "questions": {name: len(getattr(questions, name)) for name in ("train", "validation", "test")},
+        "dropped": questions.dropped,
+        "mean_prompt_tokens": mean(prompts),
+        "mean_demonstration_tokens": mean(demonstrations),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(parts.policy.params)),
+    }
+
+
+def _sampler(parts: Parts) -> Callable[..., Any]:
+    key = jax.random.fold_in(parts.key, TRAIN_KEY)
+
+    def sample(params: Any, requests: Sequence[Any], **options: Any) -> Any:
+        return parts.policy.sample(params, requests, key, **options)
+
+    return sample
+
+
+def _flags(mesh: jax.sharding.Mesh) -> Callable[[bool], Any]:
+    """The two truth values on the devices, made once."""
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    values = {value: jax.device_put(jnp.asarray(value), replicated) for value in (False, True)}
+    return lambda value: values[value]
+
+
+def _telemetry(
+    config: Config,
+    folder: Path,
+    stages: Sequence[Stage],
+    progress: Progress,
+    files: contextlib.ExitStack,
+    *,
+    quiet: bool,
+) -> Telemetry:
+    metrics = files.enter_context(open_jsonl(folder / "metrics.jsonl"))
+    sinks = []
+    if config.telemetry.tensorboard:
+        sinks.append(tensorboard_sink(folder / "tensorboard", first_step=progress.step + 1))
+    if config.telemetry.wandb:
+        sinks.append(wandb_sink(folder, name=config.name, config=resolved(config)))
+    if config.telemetry.progress and not quiet:
+        total = sum(stage.steps for stage in stages)
+        sinks.append(progress_sink(total, first_step=progress.step, log_every=config.train.log_every))
+    telemetry = make_telemetry(metrics.write, sinks)
+    files.callback(telemetry.close)
+    return telemetry
+
+
+def _rollout_log(parts: Parts, folder: Path) -> Callable[[OpenStep, Gated], None]:
+    """Every n steps, all rollouts of the step as text, with reward, verdict and the gate's decision."""
+    every = parts.config.train.rollouts_every
+
+    def log(step: OpenStep, gated: Gated) -> None:
+        if not every or step.step % every or not step.samples:
+            return
+        decisions = {
+            question.question_id: (question.example, Objective(objective).name, int(solved))
+            for question, objective, solved in zip(step.questions, gated.objectives, gated.solved, strict=True)
+        }
+        rows = []
+        for key, sample in sorted(step.samples.items()):
+            example, objective, solved = decisions[key.question]
+            rows.append(
+                rollout_row(
+                    step=step.step + 1,
+                    sample_id=str(key),
+                    prompt=example.prompt,
+                    completion=text.decode(parts.policy.tokenizer, sample.completion_tokens),
+                    reward=float(sample.reward or 0.0),
+                    solved=sample.solved,
+                    reason=step.verdicts[key][0].reason,
+                    objective=objective,
+                    group_solved=solved,
+                    finish_reason=sample.finish_reason.name.lower(),
+                    answer=example.answer,
+                    completion_tokens=len(sample.completion_tokens),
+                )
+            )
+        write_rollouts(folder, step.step + 1, rows)
+
+    return log
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Inside the block, SIGTERM and Ctrl-C only raise a flag, which the loop asks for; a second one acts as usual."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def load_weights(parts: Parts, checkpoint: str) -> Any:
+    """The policy's parameters: of the base model, of the last checkpoint, or of the best by the validation metric.
+
+    Raises ValueError where the run folder has no such checkpoint.
+    """
+    if checkpoint == "base":
+        return parts.policy.params
+    config = parts.config
+    stages = build_stages(config, parts.policy, parts.questions.train)
+    folder = run_folder(config) / "checkpoints"
+    restored = None
+    if folder.is_dir():
+        with open_checkpoints(
+            folder,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+            fingerprint=_fingerprint(config, parts),
+        ) as checkpoints:
+            restore = checkpoints.restore_latest if checkpoint == "last" else checkpoints.restore_best
+            params = {"policy": parts.policy.params}
+            restored = restore(lambda host: stages[min(host["stage"], len(stages) - 1)].start(params, None))
+    if restored is None:
+        raise ValueError(
+            f"expected a {checkpoint} checkpoint in {folder}, found none; train first, or use --checkpoint base"
+        )
+    return restored.state.params["policy"]
+
+
+def export(parts: Parts, params: Any, folder: Path) -> None:
+    """The model as a Hugging Face folder: config.json, safetensors in bf16, tokenizer."""
+    save_folder(folder, parts.policy.config, to_host(params), dtype="bfloat16")
+    parts.policy.tokenizer.save_pretrained(str(folder))

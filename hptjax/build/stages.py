@@ -1,0 +1,175 @@
+"""From the config's stage list to stages of the loop: recipes bound to compiled functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hptjax.build.data import build_requests
+from hptjax.build.method import Recipe, build_recipe, clips
+from hptjax.build.policy import Policy
+from hptjax.config import Config, StageConfig
+from hptjax.data.stream import QuestionStream
+from hptjax.data.tokenizer import stop_ids
+from hptjax.hpt.assemble import Update, assemble
+from hptjax.records import Question, Sample, SampleId
+from hptjax.sharding.host import to_host
+from hptjax.sharding.mesh import put_micro_batch
+from hptjax.train.loop import Stage
+from hptjax.train.objective import make_losses
+from hptjax.train.optimizer import make_optimizer, make_schedule
+from hptjax.train.state import TrainState, init_state, state_shardings
+from hptjax.train.step import Losses, make_micro_step, make_named_gradients
+from hptjax.types import MicroBatch, Params
+
+
+ROUNDS_PER_STAGE = 1 << 16  # more passes over the data than a stage makes, so that rounds of stages never meet
+
+
+def stage_list(config: Config) -> list[StageConfig]:
+    """The stages before the last one and the last one, which `method` and `train.steps` describe."""
+    return [*config.stages, StageConfig(method=config.method, steps=config.train.steps)]
+
+
+def build_stages(config: Config, policy: Policy, questions: Sequence[Question]) -> list[Stage]:
+    """All stages in order, each with its own stream over the training questions."""
+    return [
+        build_stage(config, stage, policy, questions, index=index) for index, stage in enumerate(stage_list(config))
+    ]
+
+
+def build_stage(
+    config: Config, stage: StageConfig, policy: Policy, train: Sequence[Question], *, index: int
+) -> Stage:
+    """One stage of the loop: its recipe, compiled for the policy's mesh. Nothing is traced before it is first used."""
+    questions = stage.questions_per_step or config.data.questions_per_step
+    recipe = build_recipe(config, stage.method, questions)
+    losses = make_losses(
+        policy.token_stats(recipe.wants_entropy),
+        recipe.token_losses,
+        scored=recipe.scores,
+        stability_mask=recipe.estimator.stability_mask if clips(recipe) else None,
+    )
+    schedule = _schedule(config, stage)
+    optimizers = {"policy": _optimizer(config, schedule)}
+    empty = put_micro_batch(policy.mesh, _assembler(config, recipe)([], frozenset()).micro_batches[0])
+    stats = jax.eval_shape(losses, {"policy": policy.params}, empty)[1]
+    replicated = jax.sharding.NamedSharding(policy.mesh, jax.sharding.PartitionSpec())
+
+    def fresh(params: Mapping[str, Params]) -> TrainState:
+        return init_state(params, optimizers, stats, config.batch.max_micro_batches)
+
+    shapes = jax.eval_shape(fresh, {"policy": policy.params})
+    places = state_shardings(shapes, optimizers, {"policy": policy.shardings}, replicated)
+
+    def start(params: Mapping[str, Params], totals: Any) -> TrainState:
+        state = fresh(jax.tree.map(jnp.copy, dict(params)))
+        state = state if totals is None else state.replace(totals=totals)
+        return jax.tree.map(jax.device_put, state, places)
+
+    token_stats = policy.token_stats(False)
+
+    def score(params: Params, micro_batch: MicroBatch) -> Any:
+        return token_stats(params, micro_batch).logprobs
+
+    scorer = jax.jit(score)
+    reference = jax.tree.map(jnp.copy, policy.params) if recipe.reads_reference else None
+
+    def add_reference(micro_batch: MicroBatch) -> MicroBatch:
+        return micro_batch.replace(reference_logprobs=scorer(reference, micro_batch))
+
+    step = make_micro_step(losses, optimizers, skip_norm=config.optimizer.skip_norm)
+    return Stage(
+        name=stage.method,
+        steps=stage.steps,
+        stream=QuestionStream(
+            train,
+            questions_per_step=questions,
+            seed=config.seed + index,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        first_round=index * ROUNDS_PER_STAGE,
+        threshold=recipe.threshold,
+        group_size=config.rollout.group_size,
+        rolls_out=recipe.rolls_out,
+        updates_per_step=config.train.updates_per_rollout_batch,
+        mask_overlong=config.hpt.mask_overlong,
+        nonfinite=config.optimizer.nonfinite,
+        start=start,
+        micro_step=jax.jit(step, donate_argnums=0, out_shardings=places),
+        make_requests=build_requests(config, stop_ids(policy.tokenizer)),
+        assemble=_assembler(config, recipe),
+        learning_rate=lambda optimizer_step: float(to_host(schedule(optimizer_step))),
+        score=scorer if recipe.scores else None,
+        add_reference=add_reference if recipe.reads_reference else None,
+        probe=_probe(losses),
+    )
+
+
+def _assembler(config: Config, recipe: Recipe) -> Callable[[Sequence[Sample], frozenset[SampleId]], Update]:
+    batch = config.batch
+
+    def assembler(samples: Sequence[Sample], dead: frozenset[SampleId]) -> Update:
+        return assemble(
+            samples,
+            recipe.terms,
+            rows=batch.rows,
+            row_tokens=batch.row_tokens,
+            max_segments=batch.max_segments,
+            max_micro_batches=batch.max_micro_batches,
+            dead=dead,
+            partition=None if recipe.partition is None else recipe.partition(samples),
+        )
+
+    return assembler
+
+
+def _schedule(config: Config, stage: StageConfig) -> optax.Schedule:
+    optimizer = config.optimizer
+    return make_schedule(
+        optimizer.schedule,
+        stage.learning_rate or optimizer.learning_rate,
+        warmup_steps=optimizer.warmup_steps,
+        decay_steps=optimizer.decay_steps or stage.steps * config.train.updates_per_rollout_batch,
+    )
+
+
+def _optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    optimizer = config.optimizer
+    return make_optimizer(
+        schedule,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        clip_norm=optimizer.clip_norm,
+    )
+
+
+def _probe(losses: Losses) -> Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]]:
+    """Norms of each objective's summed gradient over an update, and the cosine of SFT and RL."""
+    gradients = jax.jit(make_named_gradients(losses))
+    add = jax.jit(lambda left, right: jax.tree.map(jnp.add, left, right), donate_argnums=0)
+
+    @jax.jit
+    def summary(total: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        norms = {name: optax.tree.norm(tree) for name, tree in total.items()}
+        both = "sft" in total and "rl" in total
+        return norms, optax.tree.vdot(total["sft"], total["rl"]) if both else jnp.zeros(())
+
+    def probe(params: Mapping[str, Params], micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        total = gradients(params, micro_batches[0])
+        for micro_batch in micro_batches[1:]:
+            total = add(total, gradients(params, micro_batch))
+        norms, product = to_host(summary(total))
+        row = {f"grad/norm_{name}": float(norm) for name, norm in norms.items()}
+        scale = row.get("grad/norm_sft", 0.0) * row.get("grad/norm_rl", 0.0)
+        return row | ({"grad/cos_sft_rl": float(np.float64(product) / scale)} if scale > 0 else {})
+
+    return probe

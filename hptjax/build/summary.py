@@ -1,0 +1,114 @@
+"""What a finished run amounts to: base against final with intervals, the gate's share, speed, the witness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hptjax.build.evaluation import counts_path, read_counts
+from hptjax.diagnostics.intervals import Estimate, paired_difference
+from hptjax.diagnostics.passk import estimate_pass_at_k, pass_at_k
+from hptjax.masked import mean, ratio
+from hptjax.train.jsonl import read_rows
+
+SHARE_STEPS = 10  # the SFT share is shown over the first and the last so many steps
+PHASES = {"rollout": "perf/generated_tokens", "update": "perf/trained_tokens"}
+
+
+def summarise(folder: Path, *, seconds: float, ks: tuple[int, ...]) -> dict[str, Any]:
+    """The summary of a run folder whose run has ended, from its files alone.
+
+    Args
+      seconds: wall time over all processes that worked on the run. ks: the k of pass@k.
+    """
+    rows = read_rows(folder / "metrics.jsonl")
+    ledger = read_rows(folder / "ledger.jsonl")
+    steps = [row for row in rows if "witness/ok" in row]
+    last = max(row["step"] for row in rows)
+    shares = [row["hpt/gate_sft_frac"] for row in steps]
+    return {
+        "base": _figures(folder, 0, ks),
+        "final": _figures(folder, last, ks),
+        "change": {
+            f"pass@{k}": _as_json(
+                paired_difference(
+                    pass_at_k(*read_counts(folder, "test", 0), k),
+                    pass_at_k(*read_counts(folder, "test", last), k),
+                    samples=read_counts(folder, "test", last)[1],
+                )
+            )
+            for k in ks
+        },
+        "sft_share": {
+            "first": mean(np.asarray(shares[:SHARE_STEPS])),
+            "last": mean(np.asarray(shares[-SHARE_STEPS:])),
+        },
+        "all_fail": {name: _all_fail(folder, step) for name, step in (("base", 0), ("final", last))},
+        "tokens_per_s": {
+            phase: ratio(
+                sum(row.get(tokens, 0) for row in steps), sum(row.get(f"timing_s/{phase}", 0.0) for row in steps)
+            )
+            for phase, tokens in PHASES.items()
+        },
+        "witness_ok": bool(ledger) and all(row["witness_ok"] for row in ledger),
+        "updates": len(ledger),
+        "steps": last,
+        "seconds": seconds,
+        "folder": str(folder),
+    }
+
+
+def _figures(folder: Path, step: int, ks: tuple[int, ...]) -> dict[str, Any]:
+    """pass@k on test questions, and pass@1 on the training questions measured beside them."""
+    solved, samples = read_counts(folder, "test", step)
+    figures = {f"pass@{k}": _as_json(estimate_pass_at_k(solved, samples, k)) for k in ks}
+    if counts_path(folder, "train", step).exists():
+        figures["train_pass@1"] = _as_json(estimate_pass_at_k(*read_counts(folder, "train", step), 1))
+    return figures
+
+
+def _all_fail(folder: Path, step: int) -> float:
+    solved, _ = read_counts(folder, "test", step)
+    return ratio(int(np.sum(solved == 0)), solved.size)
+
+
+def _as_json(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "value": estimate.value,
+        "ci95": [estimate.low, estimate.high],
+        "se": estimate.se,
+        "questions": estimate.questions,
+        "samples": estimate.samples,
+        "method": estimate.method,
+    }
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The summary for a person, and where to look further."""
+    names = [name for name in summary["base"] if name in summary["final"]]
+    lines = [f"{'':14s}{'base':>22s}{'final':>22s}{'change':>22s}   (%, 95 % interval)"]
+    for name in names:
+        cells = [summary["base"][name], summary["final"][name], summary["change"].get(name)]
+        lines.append(f"{name:14s}" + "".join(f"{_interval(cell):>22s}" for cell in cells))
+    share, speed = summary["sft_share"], summary["tokens_per_s"]
+    fail = summary["all_fail"]
+    lines += [
+        f"all 8 failed  {100 * fail['base']:.1f} % of test questions -> {100 * fail['final']:.1f} %",
+        f"SFT share     {100 * share['first']:.1f} % of questions over the first {SHARE_STEPS} steps -> "
+        f"{100 * share['last']:.1f} % over the last {SHARE_STEPS}",
+        f"tokens/s      rollout {speed['rollout']:,.0f}, update {speed['update']:,.0f}",
+        f"witness       {'every micro-batch of ' + str(summary['updates']) + ' updates once in its sum' if summary['witness_ok'] else 'FAILED'}",
+        f"time          {summary['seconds']:.0f} s for {summary['steps']} steps",
+        f"written to    {summary['folder']}: summary.json, metrics.jsonl, ledger.jsonl, plot.png",
+        f"plots         {summary['folder']}/plot.png, or tensorboard --logdir {summary['folder']}/tensorboard",
+    ]
+    return "\n".join(lines)
+
+
+def _interval(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    low, high = figure["ci95"]
+    return f"{100 * figure['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

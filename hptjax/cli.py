@@ -1,0 +1,213 @@
+"""The commands. Each reads a config, checks it, and calls one function; heavy modules load only when it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from hptjax.config import Config
+from hptjax.config_check import check
+from hptjax.config_load import read_file
+from hptjax.config_text import command_line
+
+T = TypeVar("T")
+BAD_INPUT, INTERRUPTED = 2, 130
+PACKAGE = pathlib.Path(__file__).resolve().parent
+ConfigFields = Annotated[Config, tyro.conf.arg(name="")]  # the fields keep the names they have in the file
+Checkpoint = Literal["base", "last", "best"]
+
+HELP = """\
+usage: hptjax COMMAND [CONFIG.toml] [OPTIONS]
+
+hptjax trains language models by SFT, RL and HPT as one gradient.
+
+commands
+  train CONFIG     train, evaluate and write runs/<name>/summary.json; the same command resumes a run
+  eval CONFIG      pass@k of the base model or of a checkpoint, with intervals
+  sample CONFIG    completions of a prompt, with the verifier's word on them
+  compare CONFIG   several methods from the same base under the same budget: one table, one plot
+  explain CONFIG   batch arithmetic, bytes and token weights, before anything runs
+  doctor           what this machine has and lacks
+
+Every field of the config is an option:
+  hptjax train configs/quickstart.toml --train.steps 50 --hpt.gate 1
+  hptjax train --help                  lists them with their defaults
+  hptjax train CONFIG --help           lists them with the file's values
+
+HPTJAX_TRACEBACK=1 shows the traceback of an error.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """Pass@k of a model on held-out questions."""
+
+    checkpoint: Checkpoint = "last"  # which weights
+    split: Literal["validation", "test", "train"] = "test"  # which questions
+    config: ConfigFields = dataclasses.field(default_factory=Config)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """Completions of a prompt."""
+
+    prompt: str | None = None  # None: a question of the test split
+    count: int = 4  # completions
+    checkpoint: Checkpoint = "last"  # which weights
+    config: ConfigFields = dataclasses.field(default_factory=Config)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareOptions:
+    """Several methods from the same base model under the same budget."""
+
+    arms: str = "hpt,sft,grpo,sft_then_rl"  # separated by commas
+    seeds: int = 3  # seeds per arm
+    config: ConfigFields = dataclasses.field(default_factory=Config)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits: 0 done, 1 found wanting, 2 bad input, 130 interrupted."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command; its exit status. An error about the input is one message on stderr, without a traceback."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if arguments else BAD_INPUT
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        print(f"hptjax: unknown command '{command}'; expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        return COMMANDS[command](rest)
+    except KeyboardInterrupt:
+        print("hptjax: interrupted; the same command continues from the last checkpoint.", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        if os.environ.get("HPTJAX_TRACEBACK") == "1" or not raised_here(error):
+            raise
+        print(f"hptjax {command}: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether the error was raised by hptjax itself: its message then names the field, and a traceback adds nothing."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and PACKAGE in pathlib.Path(frames[-1][0].f_code.co_filename).resolve().parents
+
+
+def command_train(arguments: list[str]) -> int:
+    """Trains a config."""
+    config = parse("train", arguments, lambda config: config)
+    check(config)
+    from hptjax import build
+
+    build.train(config)
+    return 0
+
+
+def command_eval(arguments: list[str]) -> int:
+    """Evaluates a checkpoint and prints its figures as JSON."""
+    options = parse("eval", arguments, lambda config: EvalOptions(config=config))
+    check(options.config)
+    from hptjax import build
+
+    print(json.dumps(build.evaluate(options.config, checkpoint=options.checkpoint, split=options.split), indent=2))
+    return 0
+
+
+def command_sample(arguments: list[str]) -> int:
+    """Prints completions, one per line."""
+    options = parse("sample", arguments, lambda config: SampleOptions(config=config))
+    check(options.config)
+    if options.count < 1:
+        raise ValueError(f"expected at least 1 completion, got {options.count}; change --count.")
+    from hptjax import build
+
+    for line in build.sample(options.config, options.prompt, count=options.count, checkpoint=options.checkpoint):
+        print(line)
+    return 0
+
+
+def command_compare(arguments: list[str]) -> int:
+    """Runs the arms, or continues them, and writes the table and the plot."""
+    options = parse("compare", arguments, lambda config: CompareOptions(config=config))
+    check(options.config)
+    arms = tuple(arm.strip() for arm in options.arms.split(",") if arm.strip())
+    if not arms or len(set(arms)) != len(arms):
+        raise ValueError(f"expected distinct arms separated by commas, got '{options.arms}'; change --arms.")
+    if options.seeds < 1:
+        raise ValueError(f"expected at least 1 seed, got {options.seeds}; change --seeds.")
+    from hptjax import compare
+
+    compare.compare(options.config, arms=arms, seeds=options.seeds)
+    return 0
+
+
+def command_explain(arguments: list[str]) -> int:
+    """Prints what a config amounts to."""
+    config = parse("explain", arguments, lambda config: config)
+    check(config)
+    from hptjax.explain import explain
+
+    print(explain(config))
+    return 0
+
+
+def command_doctor(arguments: list[str]) -> int:
+    """Prints what this machine has; status 1 where training cannot run."""
+    options = command_line(DoctorOptions(), arguments, prog="hptjax doctor")
+    from hptjax import doctor
+
+    findings = doctor.examine(runs_dir=options.runs_dir)
+    print(doctor.report(findings))
+    return 1 if any(finding.status == "lacks" for finding in findings) else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorOptions:
+    """What this machine has and lacks. Status 1 where training cannot run."""
+
+    runs_dir: str = "runs"  # where the runs would go
+
+
+def parse(command: str, arguments: list[str], with_config: Callable[[Config], T]) -> T:
+    """The command's options, with the fields of the config file as defaults; tyro prints help and complaints.
+
+    Raises
+      FileNotFoundError, ValueError: no config file was named, or it cannot be read.
+    """
+    prog = f"hptjax {command}"
+    if arguments and not arguments[0].startswith("-"):
+        path, rest = arguments[0], arguments[1:]
+        default = with_config(read_file(path))
+        prog += f" {path}"
+    elif any(argument in ("-h", "--help") for argument in arguments):
+        prog, default, rest = f"{prog} CONFIG.toml", with_config(Config()), arguments
+    else:
+        raise ValueError(f"expected a config file first, such as `{prog} configs/quickstart.toml`, got {arguments}.")
+    return command_line(default, rest, prog=prog)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": command_train,
+    "eval": command_eval,
+    "sample": command_sample,
+    "compare": command_compare,
+    "explain": command_explain,
+    "doctor": command_doctor,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Several methods from the same base model under the same budget: one table, one plot, whatever comes out.
+
+Budgets come from the first arm's own run: its updates, its tokens (generated + trained) and its FLOPs. Every other arm
+runs until it has spent all three, and is read off three times, at the last evaluation within each budget:
+equal updates favour arms that generate much per update, equal FLOPs favour SFT. Nothing is chosen on test questions.
+
+FLOPs are 2 N per token generated or prefilled and 6 N per position trained, N the parameters a token meets.
+Source `spec/diagnostics.md` 12.3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hptjax import build
+from hptjax.build.evaluation import read_counts
+from hptjax.config import Config, StageConfig
+from hptjax.config_check import check
+from hptjax.diagnostics.intervals import Estimate, estimate_mean, two_level_difference
+from hptjax.diagnostics.passk import pass_at_k
+from hptjax.masked import ratio
+from hptjax.rundir import write_json
+from hptjax.train.jsonl import read_rows
+
+BUDGETS = ("updates", "tokens", "flops")
+POINTS = 8  # evaluations per run, beside those at the budgets
+ARMS = ("hpt", "sft", "grpo", "sft_then_rl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """What a run had spent after each of its steps, from its metrics; index 0 is before the first."""
+
+    updates: np.ndarray
+    tokens: np.ndarray
+    flops: np.ndarray
+
+
+def compare(config: Config, *, arms: Sequence[str], seeds: int) -> dict[str, Any]:
+    """Runs what is not yet finished, arm by arm and seed by seed, and writes table.md, compare.json and plot.png.
+
+    The first arm sets the budget of its seed. Each run is an ordinary run folder under `runs/<name>-compare/`, so an
+    interrupted comparison continues.
+
+    Raises ValueError for an unknown arm.
+    """
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise ValueError(f"expected arms among {', '.join(ARMS)}, got {', '.join(unknown)}; change --arms.")
+    root = Path(config.runs_dir) / f"{config.name}-compare"
+    folders: dict[tuple[str, int], Path] = {}
+    for seed in range(config.seed, config.seed + seeds):
+        budget: dict[str, float] | None = None
+        for arm in arms:
+            name = f"{arm}-seed{seed}"
+            folders[arm, seed] = root / name
+            arm_config = _arm_config(config, arm, seed, root, name, budget)
+            print(f"{name}: {_length(arm_config)}", flush=True)
+            build.train(arm_config, quiet=True)
+            if budget is None:
+                spent = read_spent(root / name)
+                budget = {axis: float(getattr(spent, axis)[-1]) for axis in BUDGETS}
+                budget["sft_step_tokens"], budget["sft_step_flops"] = _sft_step(root / name, config)
+    report = read_off(folders, arms, range(config.seed, config.seed + seeds), config.eval.ks)
+    write_json(root / "compare.json", report)
+    table = as_table(report, config.eval.ks)
+    (root / "table.md").write_text(table + "\n", encoding="utf-8")
+    plot(folders, arms, config.eval.ks, root / "plot.png")
+    print(f"{table}\n\ntable, figures and plot: {root}")
+    return report
+
+
+def _length(config: Config) -> str:
+    return " then ".join(
+        f"{steps} steps of {method}"
+        for method, steps in [*((stage.method, stage.steps) for stage in config.stages), (config.method, config.train.steps)]
+    )
+
+
+def _arm_config(
+    config: Config, arm: str, seed: int, root: Path, name: str, budget: dict[str, float] | None
+) -> Config:
+    """The config of one run: method and stages of the arm, as long as its largest budget asks."""
+    updates_per_step = config.train.updates_per_rollout_batch
+    steps = config.train.steps
+    stages: tuple[StageConfig, ...] = ()
+    if budget is not None and arm == "sft":
+        steps = math.ceil(
+            max(
+                budget["updates"] / updates_per_step,
+                budget["tokens"] / budget["sft_step_tokens"],
+                budget["flops"] / budget["sft_step_flops"],
+            )
+        )
+    if arm == "sft_then_rl":
+        stages = (StageConfig(method="sft", steps=max(1, steps // 2)),)
+    total = steps + sum(stage.steps for stage in stages)
+    grid = {round(total * point / POINTS) for point in range(1, POINTS + 1)}
+    exact = {config.train.steps} if budget is not None else set()
+    if budget is not None and arm == "sft":
+        exact |= {int(budget[axis] // budget[f"sft_step_{axis}"]) for axis in ("tokens", "flops")}
+    arm_config = dataclasses.replace(
+        config,
+        name=name,
+        seed=seed,
+        runs_dir=str(root),
+        method="grpo" if arm == "sft_then_rl" else arm,
+        stages=stages,
+        train=dataclasses.replace(config.train, steps=steps, eval_every=0, rollouts_every=0, probe_every=0),
+        eval=dataclasses.replace(config.eval, test_steps=tuple(sorted(grid | exact)), train_questions=0),
+        checkpoint=dataclasses.replace(config.checkpoint, export_folder=None),
+        telemetry=dataclasses.replace(config.telemetry, tensorboard=False, wandb=False, progress=False),
+    )
+    check(arm_config)
+    return arm_config
+
+
+def read_spent(folder: Path) -> Spent:
+    """Cumulative updates, tokens and FLOPs of a run after each step."""
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "witness/ok" in row]
+    parameters = json.loads((folder / "data.json").read_text(encoding="utf-8"))["parameters"]
+
+    def cumulative(values: Sequence[float]) -> np.ndarray:
+        return np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
+
+    return Spent(
+        updates=cumulative([row["train/updates"] for row in rows]),
+        tokens=cumulative([row["perf/generated_tokens"] + row["perf/trained_tokens"] for row in rows]),
+        flops=cumulative(
+            [
+                2.0 * parameters * (row["perf/generated_tokens"] + row["perf/prefilled_tokens"])
+                + 6.0 * parameters * row["perf/packed_tokens"]
+                for row in rows
+            ]
+        ),
+    )
+
+
+def _sft_step(folder: Path, config: Config) -> tuple[float, float]:
+    """Tokens and FLOPs of a step that trains one demonstration per question, from the data's mean lengths."""
+    record = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    questions = config.data.questions_per_step
+    trained = questions * record["mean_demonstration_tokens"]
+    packed = questions * (record["mean_demonstration_tokens"] + record["mean_prompt_tokens"] - 1)
+    return trained, 6.0 * record["parameters"] * packed
+
+
+def read_off(
+    folders: dict[tuple[str, int], Path], arms: Sequence[str], seeds: Sequence[int], ks: Sequence[int]
+) -> dict[str, Any]:
+    """Every arm's pass@k within each budget, each seed's value, and the difference to the first arm by question."""
+    figures: dict[str, Any] = {}
+    for axis in BUDGETS:
+        values: dict[str, np.ndarray] = {}  # arm and k -> [S Q]
+        steps: dict[str, list[int]] = {}
+        for arm in arms:
+            steps[arm] = [_last_within(folders[arm, seed], folders[arms[0], seed], axis) for seed in seeds]
+            for k in ks:
+                values[f"{arm} {k}"] = np.stack(
+                    [
+                        pass_at_k(*read_counts(folders[arm, seed], "test", step), k)
+                        for seed, step in zip(seeds, steps[arm], strict=True)
+                    ]
+                )
+        samples = read_counts(folders[arms[0], seeds[0]], "test", 0)[1]
+        figures[axis] = {
+            arm: {
+                "steps": steps[arm],
+                **{
+                    f"pass@{k}": _figure(values[f"{arm} {k}"], values[f"{arms[0]} {k}"], samples) for k in ks
+                },
+            }
+            for arm in arms
+        }
+    base = {
+        f"pass@{k}": dataclasses.asdict(
+            estimate_mean(pass_at_k(*(counts := read_counts(folders[arms[0], seeds[0]], "test", 0)), k), samples=counts[1])
+        )
+        for k in ks
+    }
+    spent = {
+        f"{arm}-seed{seed}": {axis: float(getattr(read_spent(folder), axis)[-1]) for axis in BUDGETS}
+        for (arm, seed), folder in folders.items()
+    }
+    return {"base": base, "figures": figures, "spent": spent, "first_arm": arms[0], "seeds": list(seeds)}
+
+
+def _last_within(folder: Path, first: Path, axis: str) -> int:
+    """The last evaluated step at which a run had spent no more than the first arm's whole run."""
+    budget = getattr(read_spent(first), axis)[-1]
+    spent = getattr(read_spent(folder), axis)
+    evaluated = sorted(int(path.stem.split("_")[1]) for path in (folder / "evaluations").glob("test_*.json"))
+    return max(step for step in evaluated if spent[step] <= budget * (1 + 1e-9))
+
+
+def _figure(values: np.ndarray, first: np.ndarray, samples: int) -> dict[str, Any]:
+    level: Estimate = two_level_difference(values, samples=samples)
+    difference: Estimate = two_level_difference(values - first, samples=samples)
+    return {
+        "value": level.value,
+        "ci95": [level.low, level.high],
+        "per_seed": [ratio(float(row.sum()), row.size) for row in values],
+        "minus_first": difference.value,
+        "minus_first_ci95": [difference.low, difference.high],
+    }
+
+
+def as_table(report: dict[str, Any], ks: Sequence[int]) -> str:
+    """The report as a Markdown table, in per cent."""
+    names = [f"pass@{k}" for k in ks]
+    first = report["first_arm"]
+    lines = [
+        "| equal | arm | steps | " + " | ".join(f"{name} | minus {first}" for name in names) + " |",
+        "|---|---|---|" + "---|---|" * len(names),
+        "| - | base | 0 | "
+        + " | ".join(_interval(report["base"][n]["value"], report["base"][n]["low"], report["base"][n]["high"]) + " | " for n in names)
+        + "|",
+    ]
+    for axis, arms in report["figures"].items():
+        for arm, row in arms.items():
+            cells = [
+                f"{_interval(row[name]['value'], *row[name]['ci95'])} | "
+                + ("" if arm == first else _interval(row[name]["minus_first"], *row[name]["minus_first_ci95"], sign=True))
+                for name in names
+            ]
+            lines.append(f"| {axis} | {arm} | {', '.join(map(str, row['steps']))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _interval(value: float, low: float, high: float, *, sign: bool = False) -> str:
+    form = "+.1f" if sign else ".1f"
+    return f"{100 * value:{form}} [{100 * low:{form}}, {100 * high:{form}}]"
+
+
+def plot(folders: dict[tuple[str, int], Path], arms: Sequence[str], ks: Sequence[int], path: Path) -> None:
+    """pass@k against each budget, one thin line per seed, the arm's colour shared."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(ks), len(BUDGETS), figsize=(4.2 * len(BUDGETS), 3.2 * len(ks)), squeeze=False)
+    colours = dict(zip(arms, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    for (arm, _), folder in folders.items():
+        spent = read_spent(folder)
+        evaluated = sorted(int(file.stem.split("_")[1]) for file in (folder / "evaluations").glob("test_*.json"))
+        for row, k in enumerate(ks):
+            heights = []
+            for step in evaluated:
+                values = pass_at_k(*read_counts(folder, "test", step), k)
+                heights.append(100 * ratio(float(values.sum()), values.size))
+            for column, axis in enumerate(BUDGETS):
+                axes[row][column].plot(getattr(spent, axis)[evaluated], heights, color=colours[arm], alpha=0.8, lw=1.2)
+                axes[row][column].set(xlabel=axis, ylabel=f"test pass@{k}, %")
+    handles = [plt.Line2D([], [], color=colours[arm], label=arm) for arm in arms]
+    figure.legend(handles=handles, loc="upper center", ncols=len(arms), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

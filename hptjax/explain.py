@@ -1,0 +1,220 @@
+"""What a config amounts to, by arithmetic alone: batches, bytes, and what one token of each objective weighs."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from hptjax.config import Config, ShapeConfig
+from hptjax.config_check import micro_batches_needed, samples_per_update, steps_of
+from hptjax.masked import inverse_count
+
+FP32_BYTES, BF16_BYTES = 4, 2
+ROWS_PER_UNIT_C = 64  # C of `official_fixed` = rollout rows per update / 64 (the published script's rows per rank)
+SHOWN_SHARES = (0.1, 0.5, 1.0)
+
+
+def explain(config: Config) -> str:
+    """The report, as text. Nothing is loaded but two small JSON files of the model folder."""
+    shape, vocab_size = model_shape(config)
+    parts = [
+        ("Stages", stage_lines(config)),
+        ("One update", update_lines(config)),
+        ("What one token weighs (its factor in the loss, advantage not included)", weight_lines(config)),
+        (f"Memory, estimated (vocabulary {vocab_size})", memory_lines(config, shape, vocab_size)),
+    ]
+    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in parts)
+
+
+def stage_lines(config: Config) -> list[str]:
+    """One line per stage, in order."""
+    lines = []
+    updates = config.train.updates_per_rollout_batch
+    stages = [
+        *((stage.method, stage.steps, stage.learning_rate) for stage in config.stages),
+        (config.method, config.train.steps, None),
+    ]
+    for i, ((method, steps, rate), (_, _, questions)) in enumerate(zip(stages, steps_of(config), strict=True)):
+        passes = inverse_count(config.data.train_questions) * steps * questions
+        lines.append(
+            f"{i + 1}. {method}: {steps} steps x {questions} questions, {steps * updates} updates, "
+            f"learning rate {rate or config.optimizer.learning_rate:g}, "
+            f"{passes:.2f} passes over the training questions"
+        )
+    return lines
+
+
+def update_lines(config: Config) -> list[str]:
+    """How the samples of one update of the last stage fill its micro-batches."""
+    batch, rollout = config.batch, config.rollout
+    questions = config.data.questions_per_step
+    samples = samples_per_update(config, method=config.method, questions=questions)
+    longest = config.data.max_prompt_tokens + rollout.max_completion_tokens
+    updates = config.train.updates_per_rollout_batch
+    lines = []
+    if config.method != "sft":
+        waves = -(-questions * rollout.group_size // rollout.slots)
+        lines.append(
+            f"rollouts     {questions} questions x {rollout.group_size} = {questions * rollout.group_size} per step, "
+            f"in {waves} wave(s) of {rollout.slots} slots"
+        )
+    if config.method == "hpt":
+        fewest = questions // updates
+        lines.append(f"samples      {fewest} (every question gated to its demonstration) to {samples} (none)")
+    else:
+        lines.append(f"samples      {samples}")
+    prompt, completion = config.data.max_prompt_tokens, rollout.max_completion_tokens
+    positions = batch.rows * batch.row_tokens
+    per_row = min(batch.max_segments, batch.row_tokens // longest)
+    needed = micro_batches_needed(config, samples=samples)
+    later = "; the later ones are off-policy" if updates > 1 else ""
+    return [
+        *lines,
+        f"longest      {prompt} prompt + {completion} completion = {longest} tokens",
+        f"micro-batch  {batch.rows} rows x {batch.row_tokens} tokens = {positions} positions, {per_row} to "
+        + f"{batch.max_segments} samples in a full row",
+        f"per update   at most {needed} micro-batches needed, {batch.max_micro_batches} allowed "
+        + "(batch.max_micro_batches)",
+        f"per step     {updates} update(s){later}",
+    ]
+
+
+def weight_lines(config: Config) -> list[str]:
+    """The weight of one rollout token and of one demonstration token, and how many of the one outweigh the other."""
+    questions = config.data.questions_per_step // config.train.updates_per_rollout_batch
+    demo_tokens = config.rollout.max_completion_tokens
+    lines = [f"preset {config.hpt.preset}, {questions} questions per update"]
+    rl = rl_token_weight(config, questions=questions) if config.method != "sft" else None
+    if rl is not None:
+        lines.append(f"one rollout token: {rl:.3e} (times its advantage)")
+    if config.method != "grpo":
+        for share in SHOWN_SHARES if config.method == "hpt" else (1.0,):
+            demonstrations = max(1, round(share * questions))
+            sft = sft_token_weight(config, questions=questions, demonstrations=demonstrations, demo_tokens=demo_tokens)
+            line = f"one demonstration token: {sft:.3e} with {demonstrations} demonstrations of {demo_tokens} tokens"
+            if rl:
+                line += f" = {sft * inverse_count(rl):.3g} rollout tokens of advantage 1"
+            lines.append(line)
+    return lines
+
+
+def rl_token_weight(config: Config, *, questions: int) -> float:
+    """Weight of one live rollout token; the formulas are those of `hptjax.losses.reducers`, without its data.
+
+    official_fixed: c / (L C), L = rollout.max_completion_tokens, C = questions G / 64
+    official:       c / (L ranks)
+    paper:          c / (G questions)
+    """
+    hpt, group_size = config.hpt, config.rollout.group_size
+    limit = config.rollout.max_completion_tokens
+    if hpt.preset == "official_fixed":
+        return hpt.rl_coefficient * ROWS_PER_UNIT_C * inverse_count(limit * questions * group_size)
+    if hpt.preset == "official":
+        return hpt.rl_coefficient * inverse_count(limit * hpt.ranks)
+    return hpt.rl_coefficient * inverse_count(group_size * questions)
+
+
+def sft_token_weight(config: Config, *, questions: int, demonstrations: int, demo_tokens: int) -> float:
+    """Weight of one demonstration token where every demonstration has `demo_tokens` tokens.
+
+    official_fixed: c / (all demonstration tokens of the update)
+    official:       c / (demonstration tokens of its logical micro-batch x ranks); the demonstrations are taken to be
+                    spread over the ranks, one logical micro-batch each
+    paper:          c / (tokens of its demonstration x questions)
+    """
+    hpt = config.hpt
+    if hpt.preset == "official_fixed":
+        return hpt.sft_coefficient * inverse_count(demonstrations * demo_tokens)
+    if hpt.preset == "official":
+        per_rank = -(-demonstrations // hpt.ranks)
+        return hpt.sft_coefficient * inverse_count(per_rank * demo_tokens * hpt.ranks)
+    return hpt.sft_coefficient * inverse_count(demo_tokens * questions)
+
+
+def memory_lines(config: Config, shape: ShapeConfig, vocab_size: int) -> list[str]:
+    """Bytes of what is held, before sharding; the activations are an estimate, the rest is exact."""
+    parameters = parameter_count(shape, vocab_size)
+    compute_bytes = FP32_BYTES if config.model.compute_dtype == "float32" else BF16_BYTES
+    positions = config.batch.rows * config.batch.row_tokens
+    cache_entries = 2 * shape.num_layers * config.rollout.slots * config.rollout.cache_capacity
+    heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    kept_per_layer = (
+        shape.hidden_size
+        if config.model.remat
+        else 4 * shape.hidden_size + 2 * heads + 2 * kv + 3 * shape.mlp_size + shape.num_heads * config.batch.row_tokens
+    )
+    rows = [
+        ("parameters, fp32", parameters * FP32_BYTES),
+        ("optimizer (two moments), fp32", 2 * parameters * FP32_BYTES),
+        ("accumulator, fp32", parameters * FP32_BYTES),
+        ("gradient of a micro-batch, fp32", parameters * FP32_BYTES),
+        ("KV cache", cache_entries * kv * compute_bytes),
+        ("logits of a chunk, fp32", config.model.logprob_chunk_tokens * vocab_size * FP32_BYTES),
+        ("activations of a micro-batch (about)", positions * shape.num_layers * kept_per_layer * compute_bytes),
+    ]
+    if config.hpt.kl_coefficient:
+        rows.insert(1, ("reference model, fp32", parameters * FP32_BYTES))
+    total = sum(size for _, size in rows)
+    lines = [f"{name:<38}{human_bytes(size):>12}" for name, size in [*rows, ("together", total)]]
+    devices = config.mesh.data * config.mesh.tensor
+    mesh = f"mesh.data {config.mesh.data} x mesh.tensor {config.mesh.tensor}"
+    return [f"{parameters:,} parameters, {devices} device(s) ({mesh})", *lines]
+
+
+def parameter_count(shape: ShapeConfig, vocab_size: int) -> int:
+    """Entries of all parameter arrays of a decoder.
+
+    L (2 D H E + 2 D K E + 3 D F + 2 D [+ 2 E] [+ (H + 2 K) E]) + D + V D [+ V D]
+
+    In brackets: qk-norm, attention bias, untied embeddings.
+    """
+    heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    layer = 2 * shape.hidden_size * (heads + kv) + 3 * shape.hidden_size * shape.mlp_size + 2 * shape.hidden_size
+    layer += 2 * shape.head_dim if shape.qk_norm else 0
+    layer += heads + 2 * kv if shape.attention_bias else 0
+    embeddings = (1 if shape.tie_embeddings else 2) * vocab_size * shape.hidden_size
+    return shape.num_layers * layer + shape.hidden_size + embeddings
+
+
+def model_shape(config: Config) -> tuple[ShapeConfig, int]:
+    """Sizes and vocabulary of the model: of its folder, or of `model.shape` with the tokenizer's vocabulary.
+
+    Raises
+      FileNotFoundError: the folder of model.path or model.tokenizer lacks its JSON file.
+    """
+    if config.model.path is None:
+        tokenizer = _read(pathlib.Path(config.model.tokenizer or ""), "tokenizer.json", "model.tokenizer")
+        names = set(tokenizer["model"]["vocab"]) | {token["content"] for token in tokenizer.get("added_tokens", [])}
+        return config.model.shape, len(names)
+    values = _read(pathlib.Path(config.model.path), "config.json", "model.path")
+    heads = values["num_attention_heads"]
+    shape = ShapeConfig(
+        hidden_size=values["hidden_size"],
+        num_layers=values["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=values.get("num_key_value_heads", heads),
+        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+        mlp_size=values["intermediate_size"],
+        qk_norm=values.get("model_type") == "qwen3",
+        attention_bias=values.get("model_type") == "qwen2" or bool(values.get("attention_bias", False)),
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        max_positions=values.get("max_position_embeddings", 0),
+    )
+    return shape, values["vocab_size"]
+
+
+def _read(folder: pathlib.Path, name: str, field: str) -> Any:
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"expected '{path}', found no such file; change {field} (Hugging Face folder layout).")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def human_bytes(size: int | float) -> str:
+    """For example `3.4 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size *= 1 / 1024
+    return f"{size:.1f} TiB"

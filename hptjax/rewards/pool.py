@@ -1,0 +1,305 @@
+"""Reward functions run in worker processes that can be killed; a completion gets a verdict whatever its function does.
+
+A function that hangs, dies, raises or answers nonsense costs its completion the reward and is counted by the verdict's
+reason: "timeout", "crashed", "raised: <exception>". The run goes on. The deadline is per completion and starts when
+the worker turns to it, not when it is queued.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import selectors
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from hptjax.records import Verdict
+from hptjax.rewards.process import WorkerProcess
+
+RewardFunction = Callable[[str, Mapping[str, Any]], Verdict]
+
+TIMEOUT = Verdict(0.0, False, "timeout")
+CRASHED = Verdict(0.0, False, "crashed")
+MAX_OWED = 64  # requests on the way to one worker: enough to keep it busy, few to hand on when it dies
+MAX_LOAD_FAILURES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    """A request to import a function."""
+
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """A request to judge: which completion, by which function; `message` is all but the request's id."""
+
+    completion: int
+    function: int
+    path: str
+    message: bytes
+
+
+class RewardPool:
+    """Worker processes for reward functions. A context manager; `close` may be called more than once."""
+
+    def __init__(
+        self,
+        *,
+        workers: int = 2,
+        deadline_s: float = 5.0,
+        load_s: float = 120.0,
+        memory_bytes: int = 2 << 30,
+        show_output: bool = False,
+    ):
+        """
+        Args
+          workers: processes. deadline_s: s per completion and function.
+          load_s: s for starting a worker and importing a function, once each.
+          memory_bytes: address space of a worker.
+          show_output: whether what functions print goes to this process's standard error; dropped if not.
+        """
+        if workers < 1:
+            raise ValueError(f"expected reward.workers >= 1, got {workers}")
+        if not (math.isfinite(deadline_s) and deadline_s > 0.0):
+            raise ValueError(f"expected reward.deadline_s > 0, got {deadline_s}")
+        self._deadline_s = deadline_s
+        self._load_s = load_s
+        self._start = partial(WorkerProcess, deadline_s=deadline_s, memory_bytes=memory_bytes, show_output=show_output)
+        self._identities = itertools.count()
+        self._requests: dict[int, _Load | _Item] = {}
+        self._known: set[str] = set()
+        self._load_failures = 0
+        self._closed = False
+        self._streaming = False
+        self._workers = [self._start() for _ in range(workers)]
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._closed = True
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+    @property
+    def process_ids(self) -> list[int]:
+        """The workers' process ids."""
+        return [worker.process.pid for worker in self._workers]
+
+    def score(
+        self, functions: Sequence[RewardFunction], completions: Sequence[str], answers: Sequence[Mapping[str, Any]]
+    ) -> list[list[Verdict]]:
+        """Verdicts [completion][function], in the order given. Raises as `stream` does."""
+        verdicts: list[list[Verdict]] = [[] for _ in completions]
+        for index, row in self.stream(functions, completions, answers):
+            verdicts[index] = row
+        return verdicts
+
+    def judge(
+        self, function: RewardFunction, completions: Sequence[str], answers: Sequence[Mapping[str, Any]]
+    ) -> list[Verdict]:
+        """Verdicts of one function, in the order given. Raises as `stream` does."""
+        return [row[0] for row in self.score([function], completions, answers)]
+
+    def stream(
+        self, functions: Sequence[RewardFunction], completions: Sequence[str], answers: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, list[Verdict]]]:
+        """(index of a completion, its verdicts by function) as they come in, each index once.
+
+        Raises
+          a function that workers cannot import by name -> ValueError, before anything is judged by it; never for
+          anything that a function does with a completion.
+        """
+        if self._closed or self._streaming:
+            state = "closed" if self._closed else "still at an earlier stream"
+            raise ValueError(f"expected an open and idle RewardPool, got one that is {state}")
+        if len(completions) != len(answers):
+            raise ValueError(f"expected one answer per completion, got {len(answers)} for {len(completions)}")
+        paths = [import_path(function) for function in functions]
+        if not paths:
+            raise ValueError("expected at least one reward function in reward.functions, got none")
+        return self._stream(paths, completions, answers)
+
+    def _stream(
+        self, paths: list[str], completions: Sequence[str], answers: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, list[Verdict]]]:
+        rows: dict[int, list[Verdict | None]] = {}
+        waiting: deque[_Item] = deque()
+        finished: list[tuple[_Item, Verdict]] = []
+        for index, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
+            rows[index] = [None] * len(paths)
+            for function, path in enumerate(paths):
+                try:
+                    body = json.dumps({"function": path, "completion": completion, "answer": dict(answer)}).encode()
+                except (TypeError, ValueError) as error:
+                    finished.append((_Item(index, function, path, b""), _raised(type(error).__name__)))
+                    continue
+                waiting.append(_Item(index, function, path, body[1:]))
+        try:
+            self._streaming = True
+            for slot, worker in enumerate(self._workers):
+                if worker.process.poll() is not None:  # it died idle: no completion is to blame
+                    self._replace(slot)
+            while rows:
+                for item, verdict in finished:
+                    row = rows[item.completion]
+                    row[item.function] = verdict
+                    if None not in row:
+                        yield item.completion, rows.pop(item.completion)
+                finished = self._turn(waiting) if rows else []
+        finally:
+            self._streaming = False
+            for slot, worker in enumerate(self._workers):
+                if worker.owed and not self._closed:  # abandoned half-way: their answers belong to nobody
+                    self._replace(slot)
+
+    def _turn(self, waiting: deque[_Item]) -> list[tuple[_Item, Verdict]]:
+        """Hands out work, waits until something happens, and returns what was decided."""
+        for worker in self._workers:
+            self._hand_out(worker, waiting)
+        readable, writable = self._wait()
+        decided: list[tuple[_Item, Verdict]] = []
+        for slot, worker in enumerate(self._workers):
+            if slot in writable:
+                worker.flush()
+            if slot in readable:
+                for line in worker.read():
+                    decided += self._take_reply(worker, line)
+            if worker.dead:
+                decided += self._bury(slot, waiting, CRASHED)
+            elif slot not in readable and worker.owed and time.monotonic() > worker.since + self._limit_s(worker):
+                decided += self._bury(slot, waiting, TIMEOUT)
+        return decided
+
+    def _hand_out(self, worker: WorkerProcess, waiting: deque[_Item]) -> None:
+        if len(worker.owed) > MAX_OWED // 2:
+            return
+        while waiting and len(worker.owed) < MAX_OWED:
+            item = waiting.popleft()
+            if item.path not in worker.loaded:
+                worker.loaded.add(item.path)
+                load = {"load": item.path, "sys_path": list(sys.path), "limit_s": self._load_s}
+                self._send(worker, _Load(item.path), json.dumps(load).encode()[1:])
+            self._send(worker, item, item.message)
+        worker.flush()
+
+    def _send(self, worker: WorkerProcess, request: _Load | _Item, body: bytes) -> None:
+        identity = next(self._identities)
+        self._requests[identity] = request
+        worker.send(identity, b'{"id": %d, ' % identity + body + b"\n")
+
+    def _limit_s(self, worker: WorkerProcess) -> float:
+        return self._load_s if isinstance(self._requests[worker.owed[0]], _Load) else self._deadline_s
+
+    def _wait(self) -> tuple[set[int], set[int]]:
+        """Which workers can be read and written, after waiting at most until the next deadline."""
+        busy = [worker for worker in self._workers if worker.owed]
+        ends = [worker.since + self._limit_s(worker) for worker in busy]
+        timeout = max(0.0, min(ends) - time.monotonic()) + 0.001 if ends else 0.0
+        with selectors.DefaultSelector() as selector:
+            for slot, worker in enumerate(self._workers):
+                selector.register(worker.output, selectors.EVENT_READ, slot)
+                if worker.wants_to_write:
+                    selector.register(worker.input, selectors.EVENT_WRITE, slot)
+            events = selector.select(timeout)
+        readable = {key.data for key, mask in events if mask & selectors.EVENT_READ}
+        return readable, {key.data for key, mask in events if mask & selectors.EVENT_WRITE}
+
+    def _take_reply(self, worker: WorkerProcess, line: bytes) -> list[tuple[_Item, Verdict]]:
+        """Decides the oldest owed request by a reply; a reply that does not fit it marks the worker dead."""
+        try:
+            reply = json.loads(line)
+            fits = isinstance(reply, dict) and bool(worker.owed) and reply.get("id") == worker.owed[0]
+        except (ValueError, RecursionError):
+            fits = False
+        if worker.dead or not fits:
+            worker.dead = True
+            return []
+        request = self._requests[worker.owed[0]]
+        if isinstance(request, _Item):
+            verdict = _verdict(reply)
+            decided = [(request, verdict)]
+        elif "loaded" in reply:
+            self._known.add(request.path)
+            self._load_failures = 0
+            decided = []
+        elif request.path in self._known:
+            worker.dead = True
+            return []
+        else:
+            raise ValueError(_cannot_load(request.path, str(reply.get("failed"))))
+        del self._requests[worker.owed[0]]
+        worker.answered()
+        return decided
+
+    def _bury(self, slot: int, waiting: deque[_Item], verdict: Verdict) -> list[tuple[_Item, Verdict]]:
+        """Replaces a worker. What it was at gets the verdict; what it had not begun goes back to the queue."""
+        worker = self._workers[slot]
+        owed = [self._requests[identity] for identity in worker.owed]
+        loading = bool(owed) and isinstance(owed[0], _Load)
+        items = [request for request in owed if isinstance(request, _Item)]
+        self._replace(slot)
+        if loading and owed[0].path not in self._known:
+            raise ValueError(_cannot_load(owed[0].path, f"{verdict.reason} while it was imported"))
+        self._load_failures = self._load_failures + 1 if loading else self._load_failures
+        # A function that cannot be loaded again and again must not keep the run waiting for ever.
+        begun = items[:1] if not loading or self._load_failures >= MAX_LOAD_FAILURES else []
+        waiting.extendleft(reversed(items[len(begun) :]))
+        return [(item, verdict) for item in begun]
+
+    def _replace(self, slot: int) -> None:
+        worker = self._workers[slot]
+        for identity in worker.owed:
+            self._requests.pop(identity, None)
+        worker.kill()
+        self._workers[slot] = self._start()
+
+
+def import_path(function: RewardFunction) -> str:
+    """`module:name` of a module-level function, by which a worker imports it.
+
+    Raises
+      anything that another process cannot import by name -> ValueError.
+    """
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    found = getattr(sys.modules.get(module or ""), name or "", None)
+    if not module or not name or module == "__main__" or found is not function:
+        raise ValueError(
+            f"expected reward.functions to name functions defined at the top level of an importable module, because a "
+            f"reward runs in another process, which imports it by name; got {function!r} ({module}:{name}). A lambda, "
+            f"a closure, a method, a partial or a function of a script or notebook cell cannot be used: move it into "
+            f"a module"
+        )
+    return f"{module}:{name}"
+
+
+def _verdict(reply: Mapping[str, Any]) -> Verdict:
+    """The verdict in a reply, checked once more, since the process that wrote it ran foreign code."""
+    if "raised" in reply:
+        return _raised(str(reply["raised"]))
+    fields = reply.get("verdict")
+    types = [type(field) for field in fields] if isinstance(fields, list) else []
+    if types != [float, bool, str] or not math.isfinite(reply["verdict"][0]):
+        return _raised("TypeError")
+    return Verdict(*reply["verdict"])
+
+
+def _raised(name: str) -> Verdict:
+    return Verdict(0.0, False, f"raised: {name[:100]}")
+
+
+def _cannot_load(path: str, why: str) -> str:
+    return f"expected reward.functions to name functions that a worker can import, got {path}: {why}"

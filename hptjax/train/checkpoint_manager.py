@@ -1,0 +1,61 @@
+"""What is asked of orbax's manager: which checkpoints it keeps, how it is made, and how a failed one is let go."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Keeps the `keep_last` newest checkpoints and the `keep_best` of largest metric (of equals, the newer)."""
+
+    keep_last: int
+    keep_best: int
+    metrics: dict[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Which checkpoints stay, in the order given. The signature is orbax's `PreservationPolicy`."""
+        del context
+        ordinals = sorted(checkpoint.step for checkpoint in checkpoints)
+        ranked = sorted((self.metrics[n], n) for n in ordinals if n in self.metrics)
+        kept = set(ordinals[-self.keep_last :]) | {n for _, n in ranked[len(ranked) - self.keep_best :]}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def make_manager(folder: pathlib.Path, retention: Retention) -> ocp.CheckpointManager:
+    """Orbax's manager of a folder, made if absent; what killed saves left in it is removed."""
+    options = ocp.CheckpointManagerOptions(
+        enable_async_checkpointing=True, cleanup_tmp_directories=True, preservation_policy=retention
+    )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def close_failed(manager: ocp.CheckpointManager) -> None:
+    """Closes a manager whose save failed; each of its threads may raise the same failure once before it lets go."""
+    for _ in range(4):
+        with contextlib.suppress(Exception):
+            manager.close()
+            return
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Orbax logs long tracebacks of failures that reach the caller as an exception anyway; not inside this."""
+    logger = logging.getLogger("absl")
+    logger.addFilter(not_an_orbax_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(not_an_orbax_error)
+
+
+def not_an_orbax_error(record: logging.LogRecord) -> bool:
+    """A logging filter that drops errors which orbax logs."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname

@@ -1,0 +1,581 @@
+"""The decoder against a slow float64 second route, its cache, its packing, and the checkpoint folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+from hptjax.models import folder, llama, qwen
+from hptjax.models.decoder import (
+    Cache,
+    cache_axes,
+    decode_step,
+    forward,
+    init_params,
+    logical_axes,
+    param_shapes,
+    prefill,
+    unembedding,
+)
+from hptjax.models.layers import matmul
+from hptjax.models.rope import frequencies
+from hptjax.models.shape import DecoderConfig, Llama3RopeScaling
+
+SIZES = {
+    "vocab_size": 23,
+    "hidden_size": 12,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 6,
+    "mlp_size": 20,
+    "max_positions": 64,
+}
+FAMILIES = {
+    "llama": DecoderConfig(
+        **SIZES, rope_theta=50.0, rope_scaling=Llama3RopeScaling(4.0, 1.0, 4.0, 16), rms_norm_eps=1e-5
+    ),
+    "qwen2": DecoderConfig(**SIZES, attention_bias=True, tie_embeddings=True),
+    "qwen3": DecoderConfig(**SIZES, rope_theta=1e6, qk_norm=True),
+}
+SEGMENT_LENGTHS = ((5, 3, 7, 1), (2, 9, 4), (16,))  # packed rows of 18: three or more unequal segments, and padding
+ROW_TOKENS = 18
+
+
+def random_params(config: DecoderConfig, seed: int = 0):
+    """Fresh host parameters with norms and biases away from 1 and 0, so that each of them matters."""
+    rng = np.random.default_rng(seed)
+    flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, init_params(jax.random.key(seed), config)))
+    return traverse_util.unflatten_dict(
+        {
+            path: (value + rng.normal(0, 0.3, value.shape)).astype(np.float32)
+            if path[-1].endswith(("norm", "bias"))
+            else value * np.float32(20 if path[-1] == "embedding" else 1)
+            for path, value in flat.items()
+        }
+    )
+
+
+def packed_rows(lengths=SEGMENT_LENGTHS, row_tokens=ROW_TOKENS, seed=1):
+    """Tokens, positions and segment ids of packed rows; garbage tokens in the padding."""
+    shape = (len(lengths), row_tokens)
+    tokens = np.random.default_rng(seed).integers(0, SIZES["vocab_size"], shape).astype(np.int32)
+    positions, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for row, row_lengths in enumerate(lengths):
+        start = 0
+        for number, length in enumerate(row_lengths, start=1):
+            positions[row, start : start + length] = np.arange(length)
+            segments[row, start : start + length] = number
+            start += length
+    return tokens, positions, segments
+
+
+@functools.cache
+def jitted(config: DecoderConfig, compute_dtype=jnp.float32):
+    """Forward, prefill and decode of one shape, compiled once for the whole file."""
+    keywords = {"config": config, "compute_dtype": compute_dtype}
+    return (
+        jax.jit(functools.partial(forward, **keywords)),
+        jax.jit(functools.partial(prefill, **keywords), static_argnames="capacity"),
+        jax.jit(functools.partial(decode_step, **keywords)),
+    )
+
+
+# ---- the second route: one sequence, one token, one head at a time, float64 ----
+
+
+def slow_norm(x, scale, eps):
+    return x / math.sqrt(sum(v * v for v in x) / len(x) + eps) * scale
+
+
+def slow_frequency(pair: int, config: DecoderConfig) -> float:
+    """Radians per position of one rotary pair, in the wavelength form of the Llama 3.1 release."""
+    plain = 1.0 / config.rope_theta ** (2 * pair / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    wavelength = 2 * math.pi / plain
+    if wavelength < scaling.original_max_positions / scaling.high_freq_factor:
+        return plain
+    if wavelength > scaling.original_max_positions / scaling.low_freq_factor:
+        return plain / scaling.factor
+    smooth = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    return (1 - smooth) * plain / scaling.factor + smooth * plain
+
+
+def slow_rotate(head, position, config):
+    half = config.head_dim // 2
+    turned = [complex(head[e], head[e + half]) * np.exp(1j * position * slow_frequency(e, config)) for e in range(half)]
+    return np.array([z.real for z in turned] + [z.imag for z in turned])
+
+
+def slow_decoder(params, tokens, config):
+    """Hidden states [T D] of one unpacked sequence whose positions count from 0."""
+    weights = jax.tree.map(lambda value: np.asarray(value, np.float64), params)
+    eps, repeat = config.rms_norm_eps, config.num_heads // config.num_kv_heads
+    hidden = [weights["embedding"][token].copy() for token in tokens]
+    for number in range(config.num_layers):
+        w = {name: value[number] for name, value in weights["layers"].items()}
+        queries, keys, values = [], [], []
+        for position, x in enumerate(hidden):
+            x = slow_norm(x, w["attention_norm"], eps)
+            rows = {}
+            for name, heads in (
+                ("query", config.num_heads),
+                ("key", config.num_kv_heads),
+                ("value", config.num_kv_heads),
+            ):
+                rows[name] = [x @ w[name][:, head, :] for head in range(heads)]
+                if config.attention_bias:
+                    rows[name] = [row + w[f"{name}_bias"][head] for head, row in enumerate(rows[name])]
+                if config.qk_norm and name != "value":
+                    rows[name] = [slow_norm(row, w[f"{name}_norm"], eps) for row in rows[name]]
+                if name != "value":
+                    rows[name] = [slow_rotate(row, position, config) for row in rows[name]]
+            queries.append(rows["query"]), keys.append(rows["key"]), values.append(rows["value"])
+        for position in range(len(hidden)):
+            for head in range(config.num_heads):
+                kv = head // repeat
+                scores = [
+                    queries[position][head] @ keys[s][kv] / math.sqrt(config.head_dim) for s in range(position + 1)
+                ]
+                weight = np.exp(np.array(scores) - max(scores))
+                weight /= weight.sum()
+                mixed = sum(weight[s] * values[s][kv] for s in range(position + 1))
+                hidden[position] = hidden[position] + mixed @ w["output"][head]
+            x = slow_norm(hidden[position], w["mlp_norm"], eps)
+            gate = x @ w["gate"]
+            hidden[position] = hidden[position] + (gate / (1 + np.exp(-gate)) * (x @ w["up"])) @ w["down"]
+    return np.array([slow_norm(x, weights["final_norm"], eps) for x in hidden])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_equals_the_slow_decoder_on_packed_rows(family):
+    config = FAMILIES[family]
+    params = random_params(config)
+    tokens, positions, segments = packed_rows()
+    hidden = np.asarray(jitted(config)[0](params, tokens, positions, segments))
+    assert hidden.dtype == np.float32
+    for row, lengths in enumerate(SEGMENT_LENGTHS):
+        start = 0
+        for length in lengths:
+            slow = slow_decoder(params, tokens[row, start : start + length], config)
+            np.testing.assert_allclose(hidden[row, start : start + length], slow, rtol=0, atol=2e-5)
+            start += length
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_then_decode_equals_forward(family):
+    config = FAMILIES[family]
+    params = random_params(config)
+    run_forward, run_prefill, run_decode = jitted(config)
+    tokens, positions, segments = packed_rows(((18,), (18,), (18,)))
+    whole = np.asarray(run_forward(params, tokens, positions, segments))
+    lengths = np.array([4, 7, 1], np.int32)
+    hidden, cache = run_prefill(params, tokens[:, :8], lengths, capacity=18)
+    assert cache.keys.shape == (2, 3, 18, 2, 6)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(hidden[row, :length], whole[row, :length], rtol=0, atol=1e-5)
+    rows = np.arange(3)
+    for _ in range(11):  # the second row reaches the capacity
+        hidden, cache = run_decode(params, cache, tokens[rows, lengths], lengths)
+        np.testing.assert_allclose(hidden, whole[rows, lengths], rtol=0, atol=1e-5)
+        lengths = lengths + 1
+
+
+def test_decode_past_the_capacity_writes_nothing():
+    config = FAMILIES["qwen3"]
+    params = random_params(config)
+    _, run_prefill, run_decode = jitted(config)
+    tokens = packed_rows()[0]
+    _, cache = run_prefill(params, tokens[:, :8], np.array([4, 7, 1], np.int32), capacity=18)
+    _, after = run_decode(params, cache, tokens[:, 0], np.array([18, 30, 3], np.int32))
+    assert np.array_equal(after.keys[:, :2], cache.keys[:, :2]) and np.array_equal(
+        after.values[:, :2], cache.values[:, :2]
+    )
+    changed = np.any(np.asarray(after.keys[:, 2] != cache.keys[:, 2]), axis=(0, 2, 3))
+    assert changed.tolist() == [position == 3 for position in range(18)]
+
+
+@pytest.mark.parametrize("perturbed", [1, 2, 3])
+def test_segments_do_not_see_each_other_bitwise(perturbed):
+    config = FAMILIES["qwen2"]
+    params = random_params(config)
+    run_forward = jitted(config)[0]
+    tokens, positions, segments = packed_rows()
+    before = np.asarray(run_forward(params, tokens, positions, segments))
+    touched = segments == perturbed
+    after = np.asarray(run_forward(params, np.where(touched, (tokens + 5) % 23, tokens), positions, segments))
+    assert np.array_equal(before[~touched], after[~touched])
+    assert not np.any(np.all(before[touched] == after[touched], axis=-1))
+
+
+def test_later_tokens_and_padding_change_nothing_before_them_bitwise():
+    config = FAMILIES["llama"]
+    params = random_params(config)
+    run_forward, run_prefill, _ = jitted(config)
+    tokens, positions, segments = packed_rows(((18,), (18,), (11,)))
+    before = np.asarray(run_forward(params, tokens, positions, segments))
+    later = np.where((np.arange(18)[None, :] >= 9) | (segments == 0), (tokens + 3) % 23, tokens)
+    after = np.asarray(run_forward(params, later, positions, segments))
+    assert np.array_equal(before[:, :9], after[:, :9])
+    lengths = np.array([4, 7, 1], np.int32)
+    garbage = np.where(np.arange(8)[None, :] < lengths[:, None], tokens[:, :8], (tokens[:, :8] + 7) % 23)
+    clean, dirty = (run_prefill(params, t, lengths, capacity=18) for t in (tokens[:, :8], garbage))
+    for row, length in enumerate(lengths):
+        assert np.array_equal(clean[0][row, :length], dirty[0][row, :length])
+        assert np.array_equal(clean[1].keys[:, row, :length], dirty[1].keys[:, row, :length])
+
+
+def test_a_row_of_padding_is_finite_forward_and_backward():
+    config = FAMILIES["qwen3"]
+    params = random_params(config)
+    tokens, positions, segments = packed_rows(((5, 3), (), (16,)))
+
+    def loss(params):
+        hidden = forward(params, tokens, positions, segments, config=config, compute_dtype=jnp.float32)
+        return jnp.sum(jnp.where((segments == 0)[:, :, None], 0.0, hidden)), hidden
+
+    gradients, hidden = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert np.isfinite(hidden).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_decode_rows_do_not_see_each_other_bitwise():
+    """Ten steps of one request: beside others, alone among garbage, and in another slot."""
+    config = FAMILIES["qwen3"]
+    params = random_params(config)
+    _, run_prefill, run_decode = jitted(config)
+    rng = np.random.default_rng(3)
+    slots, steps, prompt = 6, 8, rng.integers(0, 23, 8).astype(np.int32)
+
+    def trace(slot: int, seed: int):
+        other = np.random.default_rng(seed)
+        prompts = other.integers(0, 23, (slots, 8)).astype(np.int32)
+        lengths = other.integers(1, 8, slots).astype(np.int32)
+        prompts[slot], lengths[slot] = prompt, 5
+        hidden, cache = run_prefill(params, prompts, lengths, capacity=18)
+        # what stands past a row's length, in its own cache too, may be anything finite
+        stale = np.arange(18)[None, None, :, None, None] >= lengths[None, :, None, None, None]
+        cache = Cache(*(np.where(stale, np.float32(100 * other.normal()), np.asarray(leaf)) for leaf in cache))
+        seen, token = [np.asarray(hidden[slot, :5])], 1
+        for step in range(steps):
+            tokens = other.integers(0, 23, slots).astype(np.int32)
+            tokens[slot] = token
+            hidden, cache = run_decode(params, cache, tokens, lengths + step)
+            seen.append(np.asarray(hidden[slot])[None])
+            token = (3 * token + step) % 23
+        return np.concatenate(seen), np.asarray(cache.keys[:, slot, : 5 + steps])
+
+    first = trace(slot=0, seed=0)
+    for slot, seed in ((0, 1), (3, 2), (5, 0)):
+        again = trace(slot, seed)
+        assert np.array_equal(first[0], again[0]), f"slot {slot}"
+        assert np.array_equal(first[1], again[1]), f"slot {slot}"
+
+
+def test_remat_and_unroll_leave_the_gradient_as_it_was():
+    config = FAMILIES["qwen2"]
+    params = random_params(config)
+    tokens, positions, segments = packed_rows()
+
+    def gradient(**keywords):
+        def loss(params):
+            run = functools.partial(forward, config=config, compute_dtype=jnp.float32, **keywords)
+            return jnp.sum(jnp.sin(run(params, tokens, positions, segments)))
+
+        return jax.jit(jax.grad(loss))(params)
+
+    plain = gradient()
+    for other in (gradient(remat=True), gradient(unroll=2)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, other)
+
+
+def test_gradient_of_forward_equals_central_differences():
+    """The written-out backward pass of every matmul, against differences of the slow decoder in float64."""
+    config = dataclasses.replace(FAMILIES["qwen2"], num_layers=1)
+    params = random_params(config)
+    tokens = np.array([[3, 1, 4, 1, 5]], np.int32)
+    positions, segments = np.arange(5, dtype=np.int32)[None], np.ones((1, 5), np.int32)
+    mixing = np.random.default_rng(4).normal(size=(5, 12))
+
+    def loss(params):
+        hidden = forward(params, tokens, positions, segments, config=config, compute_dtype=jnp.float32)
+        return jnp.sum(hidden[0] * mixing.astype(np.float32))
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    rng = np.random.default_rng(5)
+    for path, gradient in traverse_util.flatten_dict(gradients).items():
+        direction = rng.normal(size=gradient.shape)
+        sides = []
+        for sign in (1, -1):
+            flat = traverse_util.flatten_dict(params)
+            flat[path] = flat[path].astype(np.float64) + sign * 1e-5 * direction
+            sides.append(np.sum(slow_decoder(traverse_util.unflatten_dict(flat), tokens[0], config) * mixing))
+        expected = (sides[0] - sides[1]) / 2e-5
+        np.testing.assert_allclose(np.sum(gradient * direction), expected, rtol=1e-3, atol=1e-3, err_msg=str(path))
+
+
+def test_matmul_gradient_equals_einsum_gradient():
+    rng = np.random.default_rng(6)
+    x, kernel, mixing = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 4), (4, 5), (2, 3, 5)))
+    ours, plain = (
+        jax.grad(lambda x, k, f=f: jnp.sum(f(x, k) * mixing), argnums=(0, 1))(x, kernel)
+        for f in (matmul, lambda x, k: jnp.einsum("btd,df->btf", x, k))
+    )
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_compute_is_near_float32():
+    config = FAMILIES["qwen3"]
+    params = random_params(config)
+    tokens, positions, segments = packed_rows()
+    low = jitted(config, jnp.bfloat16)[0](params, tokens, positions, segments)
+    high = np.asarray(jitted(config)[0](params, tokens, positions, segments))
+    assert low.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(low, np.float32) - high) / np.linalg.norm(high)
+    assert 1e-4 < error < 3e-2
+
+
+@pytest.mark.parametrize("config", [llama.LLAMA_3_1_8B, llama.LLAMA_3_2_1B, FAMILIES["llama"], qwen.QWEN3_0_6B])
+def test_rope_frequencies_equal_the_wavelength_form(config):
+    expected = [slow_frequency(pair, config) for pair in range(config.head_dim // 2)]
+    np.testing.assert_allclose(frequencies(config), expected, rtol=1e-6)
+
+
+def test_llama3_scaling_keeps_blends_and_stretches():
+    """By hand: theta 10000, E 4 gives 1 and 0.01 rad per position, wavelengths 6.28 and 628."""
+    sizes = SIZES | {"head_dim": 4}
+    stretch = Llama3RopeScaling(8.0, 1.0, 4.0, 100)  # keeps below 25, stretches in full above 100
+    np.testing.assert_allclose(frequencies(DecoderConfig(**sizes, rope_scaling=stretch)), [1.0, 0.01 / 8], rtol=1e-6)
+    blend = Llama3RopeScaling(8.0, 1.0, 4.0, 1257)  # 1257 / 628.3 = 2.0006 turns: a third of the way from 1 to 4
+    keep = (1257 * 0.01 / (2 * math.pi) - 1) / 3
+    expected = keep * 0.01 + (1 - keep) * 0.01 / 8
+    np.testing.assert_allclose(frequencies(DecoderConfig(**sizes, rope_scaling=blend))[1], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [
+        (llama.LLAMA_3_1_8B, 8_030_261_248),
+        (llama.LLAMA_3_2_1B, 1_235_814_400),
+        (qwen.QWEN2_5_0_5B, 494_032_768),
+        (qwen.QWEN2_5_MATH_1_5B, 1_543_714_304),
+        (qwen.QWEN2_5_MATH_7B, 7_615_616_512),
+        (qwen.QWEN3_0_6B, 596_049_920),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(preset, count):
+    """The counts are the published sizes of the checkpoints."""
+    assert sum(math.prod(shape) for shape in traverse_util.flatten_dict(param_shapes(preset)).values()) == count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_axes_and_shapes_are_one_tree(family):
+    config = FAMILIES[family]
+    params, shapes, axes = (
+        traverse_util.flatten_dict(tree)
+        for tree in (init_params(jax.random.key(0), config), param_shapes(config), logical_axes(config))
+    )
+    assert params.keys() == shapes.keys() == axes.keys()
+    assert all(params[path].shape == shapes[path] and len(axes[path]) == len(shapes[path]) for path in params)
+    assert all(value.dtype == jnp.float32 for value in params.values())
+    assert ("unembedding",) not in params or not config.tie_embeddings
+    assert len(cache_axes().keys) == 5
+
+
+def test_unembedding_is_the_embedding_where_tied():
+    tied, free = FAMILIES["qwen2"], FAMILIES["qwen3"]
+    params = random_params(tied)
+    assert np.array_equal(unembedding(params, tied), params["embedding"].T)
+    assert unembedding(random_params(free), free).shape == (12, 23)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
+        ({"head_dim": 5}, "head_dim must be even"),
+        ({"num_layers": 0}, "num_layers must be at least 1"),
+        ({"rope_theta": 0.0}, "rope_theta must be positive"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive"),
+    ],
+)
+def test_config_refuses_impossible_sizes(change, message):
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig(**(SIZES | change))
+
+
+@pytest.mark.parametrize("arguments", [(0.5, 1.0, 4.0, 16), (8.0, 4.0, 4.0, 16), (8.0, 1.0, 4.0, 0)])
+def test_rope_scaling_refuses_impossible_factors(arguments):
+    with pytest.raises(ValueError, match="rope_scaling"):
+        Llama3RopeScaling(*arguments)
+
+
+def test_prefill_refuses_a_cache_smaller_than_the_prompt():
+    config = FAMILIES["qwen3"]
+    with pytest.raises(ValueError, match="capacity of at least 8"):
+        prefill(
+            random_params(config),
+            np.zeros((1, 8), np.int32),
+            np.ones(1, np.int32),
+            config=config,
+            capacity=7,
+            compute_dtype=jnp.float32,
+        )
+
+
+# ---- the folder ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folder_round_trip_is_bit_equal(family, tmp_path):
+    config = FAMILIES[family]
+    params = random_params(config)
+    folder.save_folder(tmp_path, config, params, dtype=np.float32)
+    read, back = folder.load_folder(tmp_path)
+    assert read == config
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not config.tie_embeddings)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == family
+
+
+def test_folder_in_bfloat16_rounds_once(tmp_path):
+    config = FAMILIES["qwen3"]
+    params = random_params(config)
+    folder.save_folder(tmp_path, config, params, dtype=jnp.bfloat16)
+    _, once = folder.load_folder(tmp_path)
+    expected = jax.tree.map(lambda v: v.astype(ml_dtypes.bfloat16).astype(np.float32), params)
+    jax.tree.map(np.testing.assert_array_equal, once, expected)
+    folder.save_folder(tmp_path / "again", config, once, dtype="bfloat16")
+    first, second = ((tmp_path / part / "model.safetensors").read_bytes() for part in ("", "again"))
+    assert first == second
+
+
+def test_folder_stores_matrices_as_outputs_by_inputs(tmp_path):
+    """The checkpoint's y = W x, against our einsums, for a query, an output and an unembedding matrix."""
+    config = FAMILIES["qwen3"]
+    params = random_params(config)
+    folder.save_folder(tmp_path, config, params, dtype=np.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    x, mixed = np.arange(12, dtype=np.float32), np.arange(24, dtype=np.float32)
+    layers = params["layers"]
+    query = np.einsum("d,dhe->he", x, layers["query"][1])
+    np.testing.assert_allclose(tensors["model.layers.1.self_attn.q_proj.weight"] @ x, query.reshape(24), rtol=1e-4)
+    output = np.einsum("he,hed->d", mixed.reshape(4, 6), layers["output"][0])
+    np.testing.assert_allclose(tensors["model.layers.0.self_attn.o_proj.weight"] @ mixed, output, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(tensors["lm_head.weight"] @ x, x @ params["unembedding"], rtol=1e-4, atol=1e-4)
+
+
+def test_folder_reads_shards(tmp_path):
+    config = FAMILIES["qwen2"]
+    params = random_params(config)
+    folder.save_folder(tmp_path, config, params, dtype=np.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    halves = [dict(list(tensors.items())[part::2]) for part in (0, 1)]
+    for number, half in enumerate(halves):
+        save_file(half, tmp_path / f"part-{number}.safetensors")
+    index = {key: f"part-{number}.safetensors" for number, half in enumerate(halves) for key in half}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "model.safetensors").unlink()
+    jax.tree.map(np.testing.assert_array_equal, folder.load_folder(tmp_path)[1], params)
+    (tmp_path / "part-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="part-1.safetensors"):
+        folder.load_folder(tmp_path)
+
+
+def test_both_forms_of_the_config_file_read_the_same(tmp_path):
+    config = FAMILIES["llama"]
+    folder.save_folder(tmp_path, config, random_params(config), dtype=np.float32)
+    older = json.loads((tmp_path / "config.json").read_text())
+    newer = {key: value for key, value in older.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    newer |= {"dtype": "float32", "rope_parameters": {"rope_theta": older["rope_theta"], **older["rope_scaling"]}}
+    assert folder.read_config(older)[0] == folder.read_config(newer)[0] == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type must be one of"),
+        ({"attention_bias": True}, "needs attention_bias=False"),
+        ({"mlp_bias": True}, "needs mlp_bias=False"),
+        ({"use_sliding_window": True}, "needs use_sliding_window=False"),
+        ({"hidden_act": "gelu"}, "needs hidden_act='silu'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type must be 'default' or 'llama3'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "needs low_freq_factor"),
+        ({"hidden_size": None}, "missing hidden_size"),
+    ],
+)
+def test_folder_refuses_a_config_it_cannot_follow(change, message, tmp_path):
+    config = FAMILIES["qwen3"]
+    folder.save_folder(tmp_path, config, random_params(config), dtype=np.float32)
+    raw = json.loads((tmp_path / "config.json").read_text()) | change
+    with pytest.raises(ValueError, match=message):
+        folder.read_config(raw)
+
+
+def test_folder_refuses_missing_unexpected_and_misshaped_keys_by_name(tmp_path):
+    config = FAMILIES["qwen2"]
+    folder.save_folder(tmp_path, config, random_params(config), dtype=np.float32)
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+
+    def broken(remove=(), add=None):
+        save_file({key: value for key, value in whole.items() if key not in remove} | (add or {}), path)
+        with pytest.raises(ValueError) as caught:
+            folder.load_folder(tmp_path)
+        return str(caught.value)
+
+    assert "missing: model.layers.1.self_attn.k_proj.bias" in broken(remove=["model.layers.1.self_attn.k_proj.bias"])
+    assert "unexpected: lm_head.weight" in broken(add={"lm_head.weight": np.zeros((23, 12), np.float32)})
+    message = broken(add={"model.layers.0.mlp.up_proj.weight": np.zeros((12, 20), np.float32)})
+    assert "model.layers.0.mlp.up_proj.weight (expected [20, 12], found [12, 20])" in message
+    assert "missing: model.norm.weight" in broken(remove=["model.norm.weight"])
+
+
+def test_folder_refuses_absent_and_truncated_files(tmp_path):
+    config = FAMILIES["qwen2"]
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        folder.load_folder(tmp_path)
+    folder.save_folder(tmp_path, config, random_params(config), dtype=np.float32)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        folder.load_folder(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        folder.load_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        folder.load_folder(tmp_path)
+
+
+def test_save_refuses_what_it_cannot_write(tmp_path):
+    config = FAMILIES["qwen2"]
+    params = random_params(config)
+    with pytest.raises(ValueError, match="got dtype float64"):
+        folder.save_folder(tmp_path, config, params, dtype=np.float64)
+    with pytest.raises(ValueError, match="call to_host first"):
+        folder.save_folder(tmp_path, config, jax.tree.map(jnp.asarray, params), dtype=np.float32)
+    with pytest.raises(ValueError, match="unexpected layers/query_bias"):
+        plain = dataclasses.replace(config, attention_bias=False)
+        trimmed = {**params, "layers": {k: v for k, v in params["layers"].items() if k in ("query", "query_bias")}}
+        folder.save_folder(tmp_path, plain, trimmed, dtype=np.float32)
+    with pytest.raises(ValueError, match="embedding has shape"):
+        folder.save_folder(tmp_path, config, {**params, "embedding": params["embedding"][1:]}, dtype=np.float32)
+    with pytest.raises(ValueError, match="no supported family has both"):
+        folder.save_folder(tmp_path, dataclasses.replace(config, qk_norm=True), params, dtype=np.float32)

@@ -1,0 +1,236 @@
+"""The rules table, placement of batches and parameters, and one model on 1 and on 8 devices."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from hptjax.models.decoder import Cache, cache_axes, decode_step, forward, init_params, logical_axes, prefill
+from hptjax.models.shape import DecoderConfig
+from hptjax.sharding import agree as agreeing
+from hptjax.sharding.agree import agree, anyone
+from hptjax.sharding.host import to_host
+from hptjax.sharding.mesh import make_mesh, micro_batch_shardings, put_micro_batch, put_rows
+from hptjax.sharding.rules import (
+    RULES,
+    make_constrain,
+    named_shardings,
+    partition_spec,
+    replicated,
+    shard_params,
+    shard_tree,
+)
+from hptjax.types import MicroBatch, TermPlane
+
+CONFIG = DecoderConfig(
+    vocab_size=24,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_size=32,
+    attention_bias=True,
+    qk_norm=True,
+)
+
+
+def packed_inputs(rows=8, tokens=12):
+    rng = np.random.default_rng(0)
+    positions = np.tile(np.concatenate([np.arange(5), np.arange(4), np.arange(3)]), (rows, 1)).astype(np.int32)
+    segments = np.tile(np.repeat([1, 2, 0], [5, 4, 3]), (rows, 1)).astype(np.int32)
+    return rng.integers(0, CONFIG.vocab_size, (rows, tokens)).astype(np.int32), positions, segments
+
+
+@functools.cache
+def single_device():
+    """Hidden states and parameter gradient on one device."""
+    params = to_host(init_params(jax.random.key(0), CONFIG))
+    return params, to_host(jax.jit(value_and_gradient())(params, *packed_inputs()))
+
+
+def value_and_gradient(**keywords):
+    def loss(params, tokens, positions, segments):
+        hidden = forward(params, tokens, positions, segments, config=CONFIG, compute_dtype=jnp.float32, **keywords)
+        return jnp.sum(jnp.where((segments > 0)[:, :, None], jnp.sin(hidden), 0.0)), hidden
+
+    return jax.grad(loss, has_aux=True)
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(2, 4), (4, 2), (8, 1)])
+def test_forward_and_gradient_on_eight_devices_equal_one(data, tensor, eight_devices):
+    mesh = make_mesh(data, tensor, eight_devices)
+    params, (gradient, hidden) = single_device()
+    placed = shard_params(mesh, logical_axes(CONFIG), params)
+    run = jax.jit(value_and_gradient(constrain=make_constrain(mesh)))
+    sharded_gradient, sharded_hidden = run(placed, *put_rows(mesh, packed_inputs()))
+    assert sharded_hidden.sharding.spec[0] == "data"
+    np.testing.assert_allclose(to_host(sharded_hidden), hidden, rtol=0, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), to_host(sharded_gradient), gradient
+    )
+
+
+def test_prefill_and_decode_on_eight_devices_equal_one(eight_devices):
+    params, _ = single_device()
+    tokens, _, _ = packed_inputs()
+    lengths = np.arange(1, 9, dtype=np.int32)
+
+    def run(params, tokens, lengths, constrain):
+        keywords = {"config": CONFIG, "compute_dtype": jnp.float32, "constrain": constrain}
+        _, cache = prefill(params, tokens[:, :8], lengths, capacity=12, **keywords)
+        cache = jax.tree.map(lambda leaf: constrain(leaf, cache_axes().keys), cache)
+        return decode_step(params, cache, tokens[:, 9], lengths, **keywords)
+
+    alone = to_host(jax.jit(functools.partial(run, constrain=make_constrain(make_mesh(1, 1))))(params, tokens, lengths))
+    mesh = make_mesh(4, 2, eight_devices)
+    placed = shard_params(mesh, logical_axes(CONFIG), params)
+    together = jax.jit(functools.partial(run, constrain=make_constrain(mesh)))(
+        placed, *put_rows(mesh, (tokens, lengths))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), to_host(together), alone)
+
+
+def test_parameters_lie_where_the_table_says(eight_devices):
+    mesh = make_mesh(2, 4, eight_devices)
+    placed = shard_params(mesh, logical_axes(CONFIG), single_device()[0])
+    parts = {name: leaf.addressable_shards[0].data.shape for name, leaf in placed["layers"].items()}
+    assert parts["query"] == (2, 16, 1, 8)  # 4 heads over 4
+    assert parts["key"] == (2, 16, 2, 8)  # 2 kv heads, copied
+    assert parts["output"] == (2, 1, 8, 16)
+    assert parts["gate"] == (2, 16, 8) and parts["down"] == (2, 8, 16)
+    assert placed["embedding"].addressable_shards[0].data.shape == (6, 16)
+    assert placed["final_norm"].sharding.is_fully_replicated
+    jax.tree.map(np.testing.assert_array_equal, to_host(placed), single_device()[0])
+
+
+def test_rules_of_one_array(eight_devices):
+    mesh = make_mesh(2, 4, eight_devices)
+    assert partition_spec(mesh, ("batch", "time", "embed")) == PartitionSpec("data", None, None)
+    assert partition_spec(mesh, ("embed", "mlp"), (3, 8)) == PartitionSpec(None, "tensor")
+    assert partition_spec(mesh, (None, "kv_heads"), (3, 8)) == PartitionSpec(None, "tensor")
+    assert partition_spec(mesh, (None, "kv_heads"), (3, 1)) == PartitionSpec(None, None)
+    assert set(RULES.values()) == {"data", "tensor", None}
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "message"),
+    [
+        (("batch", "time"), (3, 4), "'batch' of size 3 does not divide over the 2 devices of mesh axis 'data'"),
+        (("embed", "mlp"), (4, 6), "'mlp' of size 6 .* mesh axis 'tensor'"),
+        (("kv_heads",), (3,), "'kv_heads' of size 3 .*multiple of 4 or a divisor"),
+        (("kv_heads",), (6,), "'kv_heads' of size 6"),
+        (("heads", "mlp"), None, "'heads' and 'mlp' of one array both lie on mesh axis 'tensor'"),
+        (("embd",), None, "unknown logical axis 'embd'"),
+        (("embed",), (4, 6), "one logical axis name per array axis"),
+    ],
+)
+def test_uneven_splits_collisions_and_unknown_names_are_errors(axes, shape, message, eight_devices):
+    with pytest.raises(ValueError, match=message):
+        partition_spec(make_mesh(2, 4, eight_devices), axes, shape)
+
+
+def test_constrain_checks_and_places(eight_devices):
+    constrain = make_constrain(make_mesh(4, 2, eight_devices))
+    placed = jax.jit(lambda x: constrain(x, ("batch", "mlp")))(np.ones((4, 6), np.float32))
+    assert placed.addressable_shards[0].data.shape == (1, 3)
+    with pytest.raises(ValueError, match="'batch' of size 6"):
+        jax.jit(lambda x: constrain(x, ("batch", "mlp")))(np.ones((6, 6), np.float32))
+    x = jnp.ones((3, 5))
+    assert make_constrain(make_mesh(1, 1))(x, ("batch", "mlp")) is x
+
+
+def test_named_shardings_keep_the_tree(eight_devices):
+    mesh = make_mesh(2, 4, eight_devices)
+    shape = jax.ShapeDtypeStruct((2, 8, 12, 2, 8), jnp.float32)
+    found = named_shardings(mesh, cache_axes(), Cache(shape, shape))
+    assert found.keys.spec == PartitionSpec(None, "data", None, None, None)  # 2 kv heads over 4 devices: copied
+    assert named_shardings(mesh, cache_axes()).values.spec == PartitionSpec(None, "data", None, "tensor", None)
+    assert shard_tree({"a": np.ones(3)}, replicated(mesh))["a"].sharding.is_fully_replicated
+
+
+def test_a_micro_batch_has_its_rows_over_data(eight_devices):
+    mesh = make_mesh(4, 2, eight_devices)
+    rows, tokens, segments = 8, 6, 3
+    rng = np.random.default_rng(0)
+
+    def integers(*shape):
+        return rng.integers(0, 5, shape).astype(np.int32)
+
+    def floats(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    batch = MicroBatch(
+        input_tokens=integers(rows, tokens),
+        target_tokens=integers(rows, tokens),
+        positions=integers(rows, tokens),
+        segment_ids=integers(rows, tokens),
+        completion_mask=integers(rows, tokens) > 2,
+        planes={name: TermPlane(floats(rows, tokens), floats(rows, tokens)) for name in ("policy", "sft")},
+        sampler_logprobs=floats(rows, tokens),
+        rollout_logprobs=floats(rows, tokens),
+        reference_logprobs=floats(rows, tokens),
+        temperature=floats(rows, segments),
+        sample_index=integers(rows, segments),
+        source=integers(rows, segments),
+        micro_index=np.asarray(1, np.int32),
+        planned_tokens=integers(8),  # as many as there are rows, and still replicated
+    )
+    placed = put_micro_batch(mesh, batch)
+    jax.tree.map(np.testing.assert_array_equal, to_host(placed), batch)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype, jax.tree.leaves(placed), jax.tree.leaves(batch)))
+    shardings = micro_batch_shardings(mesh)
+    for name, sharding in shardings.items():
+        for leaf in jax.tree.leaves(getattr(placed, name)):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), name
+    assert placed.planned_tokens.sharding.is_fully_replicated
+    assert placed.planes["sft"].weights.addressable_shards[0].data.shape == (2, tokens)
+    with pytest.raises(ValueError, match="'batch' of size 8 .* mesh axis 'data'"):
+        put_micro_batch(make_mesh(3, 1, eight_devices), batch)
+
+
+def test_mesh_refuses_what_the_machine_lacks(eight_devices, monkeypatch):
+    assert make_mesh(2, 1).devices.shape == (2, 1)
+    with pytest.raises(ValueError, match="needs 16 devices, this machine shows 8"):
+        make_mesh(4, 4, eight_devices)
+    with pytest.raises(ValueError, match="at least 1"):
+        make_mesh(0, 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="must use them all"):
+        make_mesh(2, 2, eight_devices)
+
+
+def test_agree_is_the_identity_on_one_process():
+    value = {"stop": True, "count": 2**40, "gate": np.array([0, 1])}
+    assert agree(value) is value
+
+
+def test_agree_carries_bytes_exactly_between_processes(monkeypatch):
+    """Two processes faked: the other one's bytes are given; 64-bit values survive."""
+    other = {"stop": True, "count": 2**40 + 1, "rate": 1 / 3, "gate": np.array([4, 5], np.int64)}
+    own = {"stop": False, "count": 7, "rate": 0.5, "gate": np.array([6, 7], np.int64)}
+    mine = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(own)]
+    theirs = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(other)]
+
+    def gather(sent):
+        place = mine.index(sent.tobytes())
+        return np.stack([np.frombuffer(theirs[place], np.uint8), sent])  # the other one is process 0
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(agreeing.multihost_utils, "process_allgather", gather)
+    agreed = agree(own)
+    assert agreed["count"] == 2**40 + 1 and agreed["rate"] == 1 / 3 and agreed["stop"] is True
+    assert agreed["gate"].tolist() == [4, 5]
+    assert agree({"stop": False}, anyone)["stop"] is True
+
+
+def test_to_host_reads_a_sharded_tree(eight_devices):
+    mesh = make_mesh(8, 1, eight_devices)
+    tree = {"rows": np.arange(16).reshape(8, 2)}
+    read = to_host(put_rows(mesh, tree))
+    assert type(read["rows"]) is np.ndarray and np.array_equal(read["rows"], tree["rows"])
