@@ -154,6 +154,16 @@ def test_checkpoint_of_a_step_saved_before_is_the_next_ordinal(tmp_path):
     assert restored.host == {"step": 5, "micro": 3}
 
 
+def test_checkpoint_template_may_depend_on_where_the_run_stood(tmp_path):
+    stages = [{"a": jnp.zeros(2)}, {"a": jnp.zeros(2), "b": jnp.zeros(3)}]
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"a": jnp.ones(2), "b": jnp.ones(3)}, {"stage": 1}, metric=0.5)
+        for restore in (checkpoints.restore_latest, checkpoints.restore_best):
+            assert_same(restore(lambda host: stages[host["stage"]]).state, {"a": jnp.ones(2), "b": jnp.ones(3)})
+        with pytest.raises(ValueError, match="b: checkpoint has float32"):
+            checkpoints.restore_latest(lambda host: stages[0])
+
+
 def test_checkpoint_keeps_the_last_and_the_best(tmp_path):
     metrics = [0.1, 0.9, None, 0.9, 0.3, float("nan"), 0.2]
     with opened(tmp_path, keep_last=2, keep_best=1) as checkpoints:

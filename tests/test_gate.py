@@ -106,8 +106,8 @@ def test_gate_extremes_are_pure() -> None:
 @pytest.mark.parametrize(
     ("counts", "threshold", "group_size", "message"),
     [
-        ([0], 9, 8, r"-1\.\.8.*got 9.*gate\.threshold"),
-        ([0], -2, 8, r"-1\.\.8.*got -2.*gate\.threshold"),
+        ([0], 9, 8, r"-1\.\.8.*got 9.*hpt\.gate"),
+        ([0], -2, 8, r"-1\.\.8.*got -2.*hpt\.gate"),
         ([0], 0, 0, r"at least 1, got 0.*rollout\.group_size"),
         ([0, 9], 0, 8, r"place 1 has 9 solved"),
         ([-1], 0, 8, r"place 0 has -1 solved"),
@@ -181,7 +181,7 @@ def test_gate_refuses_a_missing_demonstration() -> None:
     """Property 15: never a silent RL row."""
     rollouts = group_rollouts(make_groups([0, 0], group_size=2))
     questions = [make_question(0), make_question(1, ())]
-    with pytest.raises(ValueError, match=r"question 1 .*demonstration has no tokens.*gate\.threshold"):
+    with pytest.raises(ValueError, match=r"question 1 .*demonstration has no tokens.*hpt\.gate"):
         select_live(questions, rollouts, [Objective.SFT, Objective.SFT])
     live = select_live(questions, rollouts, [Objective.SFT, Objective.RL])
     assert [s.source.name for s in live] == ["DEMONSTRATION", "ROLLOUT", "ROLLOUT"]

@@ -72,7 +72,7 @@ def test_token_logprobs_bf16_operands_give_fp32_results(chunk_tokens):
         np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=2e-2 * np.abs(y).max())
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 1e-5), (jnp.bfloat16, 2.0**-8)])
+@pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 1e-4), (jnp.bfloat16, 2.0**-8)])
 def test_token_logprobs_adds_the_unembedding_gradient_in_fp32(dtype, rounding):
     # 1024 chunks of one position, each adding 129/128 * (171/256, -1/3, -1/3), where 171/256 is 2/3 in bf16. A sum in
     # bf16 would stop at 256; each product rounded to bf16 would be 0.2 % off, all the same way

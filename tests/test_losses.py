@@ -335,16 +335,15 @@ def test_upge_coefficient_survives_overflow_where_mask_or_advantage_is_zero():
 
 def test_weighted_sum_adds_in_fp32():
     # 1001 is no bf16 number
-    assert weighted_sum(jnp.ones((1, 1001), jnp.bfloat16), jnp.ones((1, 1001))) == 1001
+    assert float(weighted_sum(jnp.ones((1, 1001), jnp.bfloat16), jnp.ones((1, 1001)))) == 1001.0
     assert weighted_sum(jnp.ones((1, 3)), jnp.zeros((1, 3))) == 0
 
 
 def test_coefficient_token_loss_value_and_gradient_by_hand():
-    value, grads = jax.value_and_grad(lambda lp: coefficient_token_loss(jnp.full((1, 1), 3.0), lp)[0, 0])(
-        jnp.full((1, 1), -2.0)
-    )
-    assert value == 6
-    assert grads[0, 0] == -3
+    value, (by_coefficient, by_logprobs) = jax.value_and_grad(
+        lambda c, lp: coefficient_token_loss(c, lp)[0, 0], argnums=(0, 1)
+    )(jnp.full((1, 1), 3.0), jnp.full((1, 1), -2.0))
+    assert (value, by_coefficient[0, 0], by_logprobs[0, 0]) == (6, 0, -3)
 
 
 # Whole updates: estimator x reducer, by hand

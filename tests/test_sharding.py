@@ -49,35 +49,40 @@ def packed_inputs(rows=8, tokens=12):
 
 @functools.cache
 def single_device():
-    """Hidden states and parameter gradient on one device."""
-    params = to_host(init_params(jax.random.key(0), CONFIG))
-    return params, to_host(jax.jit(value_and_gradient())(params, *packed_inputs()))
+    """Host parameters, and the hidden states and the parameters' gradient on one device."""
+    params = to_host(jax.jit(init_params, static_argnums=1)(jax.random.key(0), CONFIG))
+    gradient, hidden = jax.jit(gradient_and_hidden)(params, *packed_inputs())
+    return params, to_host(gradient), to_host(hidden)
 
 
-def value_and_gradient(**keywords):
-    def loss(params, tokens, positions, segments):
+def gradient_and_hidden(params, tokens, positions, segments, **keywords):
+    def loss(params):
         hidden = forward(params, tokens, positions, segments, config=CONFIG, compute_dtype=jnp.float32, **keywords)
         return jnp.sum(jnp.where((segments > 0)[:, :, None], jnp.sin(hidden), 0.0)), hidden
 
-    return jax.grad(loss, has_aux=True)
+    return jax.grad(loss, has_aux=True)(params)
 
 
 @pytest.mark.parametrize(("data", "tensor"), [(2, 4), (4, 2), (8, 1)])
-def test_forward_and_gradient_on_eight_devices_equal_one(data, tensor, eight_devices):
+def test_forward_on_eight_devices_equals_one(data, tensor, eight_devices):
     mesh = make_mesh(data, tensor, eight_devices)
-    params, (gradient, hidden) = single_device()
-    placed = shard_params(mesh, logical_axes(CONFIG), params)
-    run = jax.jit(value_and_gradient(constrain=make_constrain(mesh)))
-    sharded_gradient, sharded_hidden = run(placed, *put_rows(mesh, packed_inputs()))
-    assert sharded_hidden.sharding.spec[0] == "data"
-    np.testing.assert_allclose(to_host(sharded_hidden), hidden, rtol=0, atol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), to_host(sharded_gradient), gradient
-    )
+    params, _, hidden = single_device()
+    run = functools.partial(forward, config=CONFIG, compute_dtype=jnp.float32, constrain=make_constrain(mesh))
+    sharded = jax.jit(run)(shard_params(mesh, logical_axes(CONFIG), params), *put_rows(mesh, packed_inputs()))
+    assert sharded.sharding.spec[0] == "data"
+    np.testing.assert_allclose(to_host(sharded), hidden, rtol=0, atol=1e-5)
+
+
+def test_gradient_on_eight_devices_equals_one(eight_devices):
+    mesh = make_mesh(2, 4, eight_devices)
+    params, gradient, _ = single_device()
+    run = jax.jit(functools.partial(gradient_and_hidden, constrain=make_constrain(mesh)))
+    sharded, _ = run(shard_params(mesh, logical_axes(CONFIG), params), *put_rows(mesh, packed_inputs()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), to_host(sharded), gradient)
 
 
 def test_prefill_and_decode_on_eight_devices_equal_one(eight_devices):
-    params, _ = single_device()
+    params = single_device()[0]
     tokens, _, _ = packed_inputs()
     lengths = np.arange(1, 9, dtype=np.int32)
 
@@ -103,7 +108,8 @@ def test_parameters_lie_where_the_table_says(eight_devices):
     assert parts["query"] == (2, 16, 1, 8)  # 4 heads over 4
     assert parts["key"] == (2, 16, 2, 8)  # 2 kv heads, copied
     assert parts["output"] == (2, 1, 8, 16)
-    assert parts["gate"] == (2, 16, 8) and parts["down"] == (2, 8, 16)
+    assert parts["gate"] == (2, 16, 8)
+    assert parts["down"] == (2, 8, 16)
     assert placed["embedding"].addressable_shards[0].data.shape == (6, 16)
     assert placed["final_norm"].sharding.is_fully_replicated
     jax.tree.map(np.testing.assert_array_equal, to_host(placed), single_device()[0])
@@ -182,15 +188,16 @@ def test_a_micro_batch_has_its_rows_over_data(eight_devices):
         planned_tokens=integers(8),  # as many as there are rows, and still replicated
     )
     placed = put_micro_batch(mesh, batch)
-    jax.tree.map(np.testing.assert_array_equal, to_host(placed), batch)
-    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype, jax.tree.leaves(placed), jax.tree.leaves(batch)))
+    for put, whole in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
+        assert put.dtype == whole.dtype
+        np.testing.assert_array_equal(to_host(put), whole)
     shardings = micro_batch_shardings(mesh)
     for name, sharding in shardings.items():
         for leaf in jax.tree.leaves(getattr(placed, name)):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), name
     assert placed.planned_tokens.sharding.is_fully_replicated
     assert placed.planes["sft"].weights.addressable_shards[0].data.shape == (2, tokens)
-    with pytest.raises(ValueError, match="'batch' of size 8 .* mesh axis 'data'"):
+    with pytest.raises(ValueError, match=r"'batch' of size 8 .* mesh axis 'data'"):
         put_micro_batch(make_mesh(3, 1, eight_devices), batch)
 
 
@@ -224,8 +231,8 @@ def test_agree_carries_bytes_exactly_between_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(agreeing.multihost_utils, "process_allgather", gather)
     agreed = agree(own)
-    assert agreed["count"] == 2**40 + 1 and agreed["rate"] == 1 / 3 and agreed["stop"] is True
-    assert agreed["gate"].tolist() == [4, 5]
+    assert agreed["stop"] is True
+    assert (agreed["count"], agreed["rate"], agreed["gate"].tolist()) == (2**40 + 1, 1 / 3, [4, 5])
     assert agree({"stop": False}, anyone)["stop"] is True
 
 
@@ -233,4 +240,5 @@ def test_to_host_reads_a_sharded_tree(eight_devices):
     mesh = make_mesh(8, 1, eight_devices)
     tree = {"rows": np.arange(16).reshape(8, 2)}
     read = to_host(put_rows(mesh, tree))
-    assert type(read["rows"]) is np.ndarray and np.array_equal(read["rows"], tree["rows"])
+    assert type(read["rows"]) is np.ndarray
+    assert np.array_equal(read["rows"], tree["rows"])

@@ -116,14 +116,14 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
         fingerprint=_fingerprint(config, parts),
     ) as checkpoints:
         state, progress = _start_or_resume(parts, stages, checkpoints, by_id)
+        written = progress.step if progress.evaluated >= 0 else -1  # rows past it are written again
         seconds_before = progress.counters.get("seconds", 0.0)
         for name in ("metrics.jsonl", "ledger.jsonl", "panel.jsonl"):
-            truncate_after(folder / name, progress.step)
+            truncate_after(folder / name, written)
         with contextlib.ExitStack() as files:
             telemetry = _telemetry(config, folder, stages, progress, files, quiet=quiet)
             ledger = files.enter_context(open_jsonl(folder / "ledger.jsonl"))
-            if progress.step == 0 and progress.open_step is None:
-                write_json(folder / "data.json", _data_record(parts))
+            write_json(folder / "data.json", _data_record(parts))
 
             def save(step: int, state: Any, host: dict[str, Any], arrays: Mapping[str, Any], **options: Any) -> None:
                 host["counters"]["seconds"] = seconds_before + time.monotonic() - began

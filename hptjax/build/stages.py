@@ -23,7 +23,7 @@ from hptjax.sharding.mesh import put_micro_batch
 from hptjax.train.loop import Stage
 from hptjax.train.objective import make_losses
 from hptjax.train.optimizer import make_optimizer, make_schedule
-from hptjax.train.state import TrainState, init_state, state_shardings
+from hptjax.train.state import TrainState, init_state, placed, state_shardings
 from hptjax.train.step import Losses, make_micro_step, make_named_gradients
 from hptjax.types import MicroBatch, Params
 
@@ -65,12 +65,12 @@ def build_stage(
         return init_state(params, optimizers, stats, config.batch.max_micro_batches)
 
     shapes = jax.eval_shape(fresh, {"policy": policy.params})
-    places = state_shardings(shapes, optimizers, {"policy": policy.shardings}, replicated)
+    places = state_shardings(shapes, {"policy": policy.shardings}, replicated)
 
     def start(params: Mapping[str, Params], totals: Any) -> TrainState:
         state = fresh(jax.tree.map(jnp.copy, dict(params)))
         state = state if totals is None else state.replace(totals=totals)
-        return jax.tree.map(jax.device_put, state, places)
+        return placed(state, places, traced=False)
 
     token_stats = policy.token_stats(False)
 
@@ -84,6 +84,10 @@ def build_stage(
         return micro_batch.replace(reference_logprobs=scorer(reference, micro_batch))
 
     step = make_micro_step(losses, optimizers, skip_norm=config.optimizer.skip_norm)
+
+    def micro_step(state: TrainState, micro_batch: MicroBatch, is_last: Any) -> TrainState:
+        return placed(step(state, micro_batch, is_last), places, traced=True)
+
     return Stage(
         name=stage.method,
         steps=stage.steps,
@@ -102,7 +106,7 @@ def build_stage(
         mask_overlong=config.hpt.mask_overlong,
         nonfinite=config.optimizer.nonfinite,
         start=start,
-        micro_step=jax.jit(step, donate_argnums=0, out_shardings=places),
+        micro_step=jax.jit(micro_step, donate_argnums=0),
         make_requests=build_requests(config, stop_ids(policy.tokenizer)),
         assemble=_assembler(config, recipe),
         learning_rate=lambda optimizer_step: float(to_host(schedule(optimizer_step))),

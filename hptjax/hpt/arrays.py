@@ -48,7 +48,7 @@ def micro_batch_arrays(
         return np.zeros(len(layout) * rows * row_tokens, dtype)
 
     def segments_array(empty: int, dtype: type, entries: np.ndarray) -> np.ndarray:
-        array = np.full(len(layout) * rows * max_segments, empty, dtype)
+        array: np.ndarray = np.full(len(layout) * rows * max_segments, empty, dtype)
         array[segment] = entries
         return array.reshape(len(layout), rows, max_segments)
 

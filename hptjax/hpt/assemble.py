@@ -231,7 +231,7 @@ def _term_count(term: Term, values: TermValues, samples: Sequence[Sample]) -> Te
     return TermCount(
         tokens=tokens,
         sequences=len(has),
-        groups=len({samples[i].group_id for i in has}),
+        groups=len({samples[i].group_id for i in has.tolist()}),
         weight_sum=weight_sum,
         normaliser=ratio(term.coefficient * tokens, weight_sum) if weight_sum > 0.0 else 0.0,
         token_weight_min=float(values.token_weights[has].min()) if len(has) else 0.0,

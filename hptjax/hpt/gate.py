@@ -18,7 +18,7 @@ def gate(solved_counts: Int[np.ndarray, " P"] | Sequence[int], *, threshold: int
 
     Args
       solved_counts: solved rollouts per question; [P], each in 0..group_size.
-      threshold: config `gate.threshold`; -1 is pure RL, group_size is pure SFT.
+      threshold: config `hpt.gate`; -1 is pure RL, group_size is pure SFT.
       group_size: rollouts per question (the largest group where groups are ragged); >= 1.
     Returns one objective per question, in the order given.
     Raises ValueError for a group size below 1, a threshold outside -1..group_size, a count outside 0..group_size.
@@ -32,7 +32,7 @@ def gate(solved_counts: Int[np.ndarray, " P"] | Sequence[int], *, threshold: int
     if not -1 <= threshold <= group_size:
         raise ValueError(
             f"expected a gate threshold in -1..{group_size} (-1 to rollout.group_size), got {threshold}: "
-            "change gate.threshold"
+            "change hpt.gate"
         )
     objectives = []
     for place, solved in enumerate(solved_counts):
@@ -76,7 +76,7 @@ def demonstration_sample(question: Question, *, visit: int = 0) -> Sample:
         empty = "prompt" if len(question.prompt_tokens) == 0 else "demonstration"
         raise ValueError(
             f"question {question.question_id} is to learn from its demonstration, but its {empty} has no tokens: "
-            "drop the question from the data, or lower gate.threshold (-1 never asks for a demonstration)"
+            "drop the question from the data, or lower hpt.gate (-1 never asks for a demonstration)"
         )
     return Sample(
         sample_id=SampleId(question.question_id, visit, DEMONSTRATION_INDEX),
@@ -139,7 +139,7 @@ def split_questions(question_ids: Sequence[int], updates: int) -> list[list[int]
     if not 1 <= updates <= len(question_ids):
         raise ValueError(
             f"expected 1..{len(question_ids)} updates for {len(question_ids)} questions, got {updates}: "
-            "change updates_per_rollout_batch or the number of questions per step"
+            "change train.updates_per_rollout_batch or the number of questions per step"
         )
     edges = [len(question_ids) * u // updates for u in range(updates + 1)]
     return [list(question_ids[a:b]) for a, b in itertools.pairwise(edges)]

@@ -117,7 +117,7 @@ def term_values(
         if alive[i]:
             start[i], stop[i] = term.span(samples[i])
     tokens = stop - start
-    for i in np.flatnonzero((start < 0) | (tokens < 0)):
+    for i in np.flatnonzero((start < 0) | (tokens < 0)).tolist():
         raise ValueError(f"term {term.name!r}: sample {samples[i].sample_id} has the span {start[i]}..{stop[i]}")
     if tokens.any():
         chosen = np.asarray(members, np.int64)
@@ -128,7 +128,7 @@ def term_values(
         values[chosen] = _member_advantages(term, [samples[i] for i in members], groups, advantages)
     weights = np.where(tokens > 0, weights, 0.0)
     values = np.where(weights > 0.0, values, 0.0)
-    for i in np.flatnonzero(~(np.isfinite(weights) & (weights >= 0.0) & np.isfinite(values))):
+    for i in np.flatnonzero(~(np.isfinite(weights) & (weights >= 0.0) & np.isfinite(values))).tolist():
         raise ValueError(
             f"term {term.name!r}: sample {samples[i].sample_id} has token weight {weights[i]} and advantage "
             f"{values[i]}; expected finite values and a weight >= 0 (a sample that needs a reward may have none)"

@@ -12,12 +12,12 @@ from jax.experimental import multihost_utils
 
 def first(values: np.ndarray) -> np.ndarray:
     """Process 0's value: for decisions that any one process may take for all."""
-    return values[0]
+    return np.asarray(values[0])
 
 
 def anyone(values: np.ndarray) -> np.ndarray:
     """True where any process says so: for stops and errors."""
-    return values.any(axis=0)
+    return np.asarray(values.any(axis=0))
 
 
 def agree(value: Any, choose: Callable[[np.ndarray], np.ndarray] = first) -> Any:

@@ -168,7 +168,8 @@ class Checkpoints:
 
         Args
           template: pytree of jax arrays or `jax.ShapeDtypeStruct`s; each leaf is restored into its shape, dtype and
-            sharding (and stays uncommitted to a device where the template's leaf is).
+            sharding (and stays uncommitted to a device where the template's leaf is). Or a function of the
+            checkpoint's `host` that makes it, where the state's structure depends on where the run stood.
         Raises
           the checkpoint is of another run or model -> ValueError naming the fields that differ.
           every checkpoint is damaged -> CheckpointUnreadable. A damaged one with an older good one behind it is
@@ -220,6 +221,7 @@ class Checkpoints:
             return None
         where = f"checkpoint {ordinal} in {self.folder}"
         refuse(differences(record["fingerprint"], as_json(self.fingerprint)), where, "run")
+        template = template(record["host"]) if callable(template) else template
         leaves = named_leaves(template)
         refuse(differences(record["leaves"], {name: describe(leaf) for name, leaf in leaves.items()}), where, "model")
         targets = {name: target(leaf) for name, leaf in leaves.items() if leaf.size}

@@ -5,7 +5,7 @@ It may be saved between any two calls of `micro_step`: the open window's sums ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -134,28 +134,37 @@ def init_state(
 
 
 def state_shardings(
-    state: TrainState,
-    optimizers: Mapping[str, optax.GradientTransformation],
-    params: Mapping[str, Any],
-    replicated: jax.sharding.Sharding,
-) -> TrainState:
-    """Where every leaf of a state lives: sums and moments beside their parameters, everything else replicated.
+    state: TrainState, params: Mapping[str, Any], replicated: jax.sharding.Sharding
+) -> list[jax.sharding.Sharding]:
+    """Where every leaf of a state lives, in the order of `jax.tree.leaves(state)`.
+
+    A leaf whose path ends like a parameter's path, in that parameter's shape, lives beside it: parameters, sums and
+    moments of any optimizer. Everything else is replicated.
 
     Args
       state: a `TrainState` of arrays or shapes. params: per tree, the shardings of its parameters.
     """
-    everywhere = jax.tree.map(lambda _: replicated, state)
-    chains = {
-        name: Chain(
-            sums=Sums(gradients=params[name], witness=replicated),
-            optimizer=optax.tree.map_params(
-                optimizers[name],
-                lambda _, place: place,
-                chain.optimizer,
-                params[name],
-                transform_non_params=lambda _: replicated,
-            ),
-        )
-        for name, chain in state.chains.items()
-    }
-    return everywhere.replace(params=dict(params), chains=chains)
+    shapes = {_names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    places = {_names(path): place for path, place in jax.tree_util.tree_leaves_with_path(dict(params))}
+
+    def place_of(path: tuple[str, ...], leaf: Any) -> jax.sharding.Sharding:
+        tree = next((name for name in params if name in path), None)
+        for start in range(len(path)):
+            owner = (tree, *path[start:]) if tree is not None and path[start] != tree else path[start:]
+            if owner in places and shapes[owner] == leaf.shape:
+                return places[owner]
+        return replicated
+
+    return [place_of(_names(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+
+
+def placed(state: TrainState, places: Sequence[jax.sharding.Sharding], *, traced: bool) -> TrainState:
+    """The state with every leaf where `places` says; `traced` inside jit, where it becomes a constraint."""
+    leaves, treedef = jax.tree.flatten(state)
+    put = jax.lax.with_sharding_constraint if traced else jax.device_put
+    return jax.tree.unflatten(treedef, [put(leaf, place) for leaf, place in zip(leaves, places, strict=True)])
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """A key path as plain names."""
+    return tuple(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)

@@ -1,0 +1,103 @@
+"""A whole run at the smallest size: a random decoder, a few questions, and a verifier whose word is a hash.
+
+A random model solves nothing, so the verdict here is a function of the completion's text instead: about a third of
+the completions count as solved, and every branch of a step is taken. Used by tests, and as a script by the tests that
+kill a process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import hptjax.build.run as build_run
+from hptjax.build.data import build_task
+from hptjax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    ShapeConfig,
+    TaskConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
+from hptjax.data import tokenizer as text
+from hptjax.records import Verdict
+
+SYMBOLS = "0123456789+-*/=,:"
+
+
+def hash_judge(config: Any, task: Any, tokenizer: Any, pool: Any) -> Any:
+    """A judge that calls a third of all completions solved, by their text."""
+
+    def judge(samples, questions):
+        judged = []
+        for sample in samples:
+            digest = hashlib.sha256(text.decode(tokenizer, sample.completion_tokens).encode()).digest()
+            solved = digest[0] % 3 == 0
+            verdict = Verdict(float(solved), solved, "hash")
+            judged.append((dataclasses.replace(sample, reward=verdict.reward, solved=solved), [verdict]))
+        return judged
+
+    return judge
+
+
+def tiny_config(folder: Path, **changes: Any) -> Config:
+    """A run of a few seconds in `folder`; `changes` replace top-level fields of the config."""
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        text.make_character_tokenizer(SYMBOLS, tokenizer)
+    config = Config(
+        name="tiny",
+        runs_dir=str(folder / "runs"),
+        model=ModelConfig(
+            tokenizer=str(tokenizer),
+            shape=ShapeConfig(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=32),
+        ),
+        task=TaskConfig(instances=200, high=9),
+        data=DataConfig(train_questions=40, validation_questions=8, test_questions=8, questions_per_step=6),
+        rollout=RolloutConfig(
+            group_size=4, slots=16, prefill_rows=4, max_completion_tokens=20, cache_capacity=44, tokens_per_call=5
+        ),
+        batch=BatchConfig(rows=2, row_tokens=48, max_segments=4, max_micro_batches=32),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        train=TrainConfig(steps=4, eval_every=2, probe_every=0, rollouts_every=2, panel_questions=2),
+        eval=EvalConfig(questions=4, samples_per_question=2, train_questions=4, ks=(1, 2)),
+        checkpoint=CheckpointConfig(every_steps=1, keep_last=2, keep_best=1),
+        telemetry=TelemetryConfig(tensorboard=False, progress=False),
+    )
+    config = dataclasses.replace(config, **changes)
+    build_task(config.task)
+    return config
+
+
+def train(config: Config) -> dict[str, Any]:
+    """The product's own `train`, with the hash for a verifier."""
+    before = build_run.build_judge
+    build_run.build_judge = hash_judge
+    try:
+        return build_run.train(config, quiet=True)
+    finally:
+        build_run.build_judge = before
+
+
+def as_off_policy(config: Config) -> Config:
+    """Two updates per rollout batch with a clip: the later one needs the score pass."""
+    return dataclasses.replace(
+        config,
+        hpt=dataclasses.replace(config.hpt, clip_low=0.2, clip_high=0.2),
+        train=dataclasses.replace(config.train, updates_per_rollout_batch=2),
+    )
+
+
+if __name__ == "__main__":
+    chosen = tiny_config(Path(sys.argv[1]))
+    train(as_off_policy(chosen) if "off_policy" in sys.argv[2:] else chosen)
