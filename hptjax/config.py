@@ -81,6 +81,7 @@ class TaskConfig:
     max_value: int = 9999  # no value of a demonstration exceeds it
     style: Literal["random", "first"] = "random"  # which of the solutions a demonstration shows
     shuffle: bool = True  # whether a prompt lists its numbers in random order
+    corrupt: float = 0.0  # share of training demonstrations that miss the target; only for a base model's corpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +201,7 @@ class EvalConfig:
     temperature: float = 1.0
     train_questions: int = 128  # training questions evaluated beside them at the start and the end
     ks: tuple[int, ...] = (1, 8)  # pass@k
-    test_steps: tuple[int, ...] = ()  # steps with an evaluation on test questions, beside the start and the end
+    test_steps: tuple[int, ...] = ()  # test questions are also measured after these steps; they choose nothing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,6 +108,8 @@ def _check_task_and_data(config: Config) -> None:
     task, data = config.task, config.data
     if not 2 <= task.numbers <= 5:
         _refuse("task.numbers in 2..5", f"{task.numbers}", "task.numbers")
+    if not 0 <= task.corrupt < 1 or (task.corrupt and data.train_split != "base"):
+        _refuse('task.corrupt in [0, 1), and 0 unless data.train_split is "base"', f"{task.corrupt}", "task.corrupt")
     if not task.operators or set(task.operators) - set("+-*/"):
         _refuse("task.operators made of + - * /", repr(task.operators), "task.operators")
     shares = flatten(resolved(config)["data"]["fractions"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from hptjax.models.decoder import Cache, cache_axes, decode_step, forward, init_params, logical_axes, prefill
+from hptjax.models.decoder import Cache, cache_axes, decode_step, forward, logical_axes, param_shapes, prefill
 from hptjax.models.shape import DecoderConfig
 from hptjax.sharding import agree as agreeing
 from hptjax.sharding.agree import agree, anyone
@@ -50,7 +50,9 @@ def packed_inputs(rows=8, tokens=12):
 @functools.cache
 def single_device():
     """Host parameters, and the hidden states and the parameters' gradient on one device."""
-    params = to_host(jax.jit(init_params, static_argnums=1)(jax.random.key(0), CONFIG))
+    rng = np.random.default_rng(1)
+    shapes, is_leaf = param_shapes(CONFIG), lambda node: isinstance(node, tuple)
+    params = jax.tree.map(lambda shape: rng.normal(0, 0.3, shape).astype(np.float32), shapes, is_leaf=is_leaf)
     gradient, hidden = jax.jit(gradient_and_hidden)(params, *packed_inputs())
     return params, to_host(gradient), to_host(hidden)
 

@@ -31,8 +31,8 @@ class Questions:
     dropped: Mapping[str, Mapping[str, int]]
 
 
-def build_task(task: TaskConfig) -> Task:
-    """The task with its knobs set."""
+def build_task(task: TaskConfig, *, corrupt: float = 0.0) -> Task:
+    """The task with its knobs set; `corrupt` is the share of its demonstrations that miss the target."""
     return countdown(
         numbers=task.numbers,
         low=task.low,
@@ -44,6 +44,7 @@ def build_task(task: TaskConfig) -> Task:
         max_value=task.max_value,
         style=task.style,
         shuffle=task.shuffle,
+        corrupt=corrupt,
     )
 
 
@@ -68,13 +69,23 @@ def build_examples(config: Config, task: Task) -> dict[str, list[Example]]:
         fractions=fractions,
         limits={name: limit for name, limit in limits.items() if name in fractions},
     )
-    wanted = {"train": splits[data.train_split], "validation": splits["validation"], "test": splits["test"]}
-    examples = iter(task.write([item for members in wanted.values() for item in members], config.task.seed))
-    return {name: [next(examples) for _ in members] for name, members in wanted.items()}
+    corpus = build_task(config.task, corrupt=config.task.corrupt)
+    wanted = {"train": (corpus, data.train_split), "validation": (task, "validation"), "test": (task, "test")}
+    written: dict[str, list[Example]] = {}
+    used = 0
+    for name, (writer, split) in wanted.items():
+        examples = writer.write(splits[split], config.task.seed)
+        written[name] = [dataclasses.replace(e, question_id=e.question_id + used) for e in examples]
+        used += len(examples)
+    return written
 
 
 def build_questions(config: Config, task: Task, tokenizer: Any, pool: RewardPool) -> Questions:
-    """The splits with tokens, their demonstrations verified; what does not fit is dropped and counted."""
+    """The splits with tokens, their demonstrations verified; what does not fit is dropped and counted.
+
+    The demonstrations of a corpus that is corrupt on purpose (`task.corrupt`) are taken as they are.
+    """
+    verified = functools.partial(pool.judge, task.verify)
     prepared: dict[str, list[Question]] = {}
     dropped: dict[str, dict[str, int]] = {}
     for name, examples in build_examples(config, task).items():
@@ -83,11 +94,15 @@ def build_questions(config: Config, task: Task, tokenizer: Any, pool: RewardPool
             encode_prompt=functools.partial(text.encode_prompt, tokenizer),
             encode_demonstration=functools.partial(text.encode_demonstration, tokenizer),
             decode=functools.partial(text.decode, tokenizer),
-            judge=functools.partial(pool.judge, task.verify),
+            judge=_take_all if name == "train" and config.task.corrupt > 0 else verified,
             max_prompt_tokens=config.data.max_prompt_tokens,
             max_completion_tokens=config.rollout.max_completion_tokens,
         )
     return Questions(dropped=dropped, **prepared)
+
+
+def _take_all(completions: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    return [Verdict(0.0, True, "unverified corpus") for _ in completions]
 
 
 def build_judge(config: Config, task: Task, tokenizer: Any, pool: RewardPool) -> Judge:

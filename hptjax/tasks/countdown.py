@@ -52,6 +52,7 @@ def countdown(
     max_value: int = 9999,
     style: str = "random",
     shuffle: bool = True,
+    corrupt: float = 0.0,
 ) -> Task:
     """The countdown task with its knobs chosen.
 
@@ -62,6 +63,7 @@ def countdown(
       style: "random" takes one of the distinct solutions by seed; "first" the simplest one, so that demonstrations
         share one style (the order of `solve`).
       shuffle: whether a prompt lists its numbers in a random order; ascending if not.
+      corrupt: share of demonstrations that miss the target, see `write_examples`; for a base model's corpus.
     Raises
       a knob out of range -> ValueError that names the field.
     """
@@ -80,7 +82,7 @@ def countdown(
             target_high=target_high,
             rules=rules,
         ),
-        write=partial(write_examples, style=style, shuffle=shuffle, rules=rules),
+        write=partial(write_examples, style=style, shuffle=shuffle, corrupt=corrupt, rules=rules),
         verify=verify,
         well_formed=well_formed,
     )
