@@ -243,6 +243,7 @@ def decode_step(
 def _write(
     cached: Float[Array, "L B C K E"], new: Float[Array, "L B K E"], lengths: Int[Array, " B"]
 ) -> Float[Array, "L B C K E"]:
+    # a scatter is done in place inside a loop; a one-hot select would rewrite the whole cache
     rows = jnp.arange(lengths.shape[0], dtype=lengths.dtype)
     return cached.at[:, rows, lengths].set(new, mode="drop", unique_indices=True)
 
