@@ -21,7 +21,7 @@ import numpy as np
 
 from hptjax import build
 from hptjax.build.evaluation import read_counts
-from hptjax.config import Config, StageConfig
+from hptjax.config import Config, Method, StageConfig
 from hptjax.config_check import check
 from hptjax.diagnostics.intervals import Estimate, estimate_mean, two_level_difference
 from hptjax.diagnostics.passk import pass_at_k
@@ -31,7 +31,7 @@ from hptjax.train.jsonl import read_rows
 
 BUDGETS = ("updates", "tokens", "flops")
 POINTS = 8  # evaluations per run, beside those at the budgets
-ARMS = ("hpt", "sft", "grpo", "sft_then_rl")
+ARMS: dict[str, Method] = {"hpt": "hpt", "sft": "sft", "grpo": "grpo", "sft_then_rl": "grpo"}  # its last method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +80,14 @@ def compare(config: Config, *, arms: Sequence[str], seeds: int) -> dict[str, Any
 def _length(config: Config) -> str:
     return " then ".join(
         f"{steps} steps of {method}"
-        for method, steps in [*((stage.method, stage.steps) for stage in config.stages), (config.method, config.train.steps)]
+        for method, steps in [
+            *((stage.method, stage.steps) for stage in config.stages),
+            (config.method, config.train.steps),
+        ]
     )
 
 
-def _arm_config(
-    config: Config, arm: str, seed: int, root: Path, name: str, budget: dict[str, float] | None
-) -> Config:
+def _arm_config(config: Config, arm: str, seed: int, root: Path, name: str, budget: dict[str, float] | None) -> Config:
     """The config of one run: method and stages of the arm, as long as its largest budget asks."""
     updates_per_step = config.train.updates_per_rollout_batch
     steps = config.train.steps
@@ -111,7 +112,7 @@ def _arm_config(
         name=name,
         seed=seed,
         runs_dir=str(root),
-        method="grpo" if arm == "sft_then_rl" else arm,
+        method=ARMS[arm],
         stages=stages,
         train=dataclasses.replace(config.train, steps=steps, eval_every=0, rollouts_every=0, probe_every=0),
         eval=dataclasses.replace(config.eval, test_steps=tuple(sorted(grid | exact)), train_questions=0),
@@ -173,15 +174,15 @@ def read_off(
         figures[axis] = {
             arm: {
                 "steps": steps[arm],
-                **{
-                    f"pass@{k}": _figure(values[f"{arm} {k}"], values[f"{arms[0]} {k}"], samples) for k in ks
-                },
+                **{f"pass@{k}": _figure(values[f"{arm} {k}"], values[f"{arms[0]} {k}"], samples) for k in ks},
             }
             for arm in arms
         }
     base = {
         f"pass@{k}": dataclasses.asdict(
-            estimate_mean(pass_at_k(*(counts := read_counts(folders[arms[0], seeds[0]], "test", 0)), k), samples=counts[1])
+            estimate_mean(
+                pass_at_k(*(counts := read_counts(folders[arms[0], seeds[0]], "test", 0)), k), samples=counts[1]
+            )
         )
         for k in ks
     }
@@ -220,14 +221,21 @@ def as_table(report: dict[str, Any], ks: Sequence[int]) -> str:
         "| equal | arm | steps | " + " | ".join(f"{name} | minus {first}" for name in names) + " |",
         "|---|---|---|" + "---|---|" * len(names),
         "| - | base | 0 | "
-        + " | ".join(_interval(report["base"][n]["value"], report["base"][n]["low"], report["base"][n]["high"]) + " | " for n in names)
+        + " | ".join(
+            _interval(report["base"][n]["value"], report["base"][n]["low"], report["base"][n]["high"]) + " | "
+            for n in names
+        )
         + "|",
     ]
     for axis, arms in report["figures"].items():
         for arm, row in arms.items():
             cells = [
                 f"{_interval(row[name]['value'], *row[name]['ci95'])} | "
-                + ("" if arm == first else _interval(row[name]["minus_first"], *row[name]["minus_first_ci95"], sign=True))
+                + (
+                    ""
+                    if arm == first
+                    else _interval(row[name]["minus_first"], *row[name]["minus_first_ci95"], sign=True)
+                )
                 for name in names
             ]
             lines.append(f"| {axis} | {arm} | {', '.join(map(str, row['steps']))} | {' | '.join(cells)} |")

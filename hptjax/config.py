@@ -230,6 +230,7 @@ class TelemetryConfig:
     tensorboard: bool = True
     wandb: bool = False  # needs the extra: pip install 'hptjax[wandb]'
     progress: bool = True  # the progress line
+    plot: bool = True  # plot.png in the run folder at the end
 
 
 @dataclasses.dataclass(frozen=True)

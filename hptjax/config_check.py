@@ -300,9 +300,10 @@ def _check_mesh(config: Config) -> None:
     ):
         if rows % config.mesh.data:
             _refuse(f"{name} to be a multiple of mesh.data ({config.mesh.data})", f"{rows}", f"{name} or mesh.data")
-    if config.model.path is None and config.model.shape.num_kv_heads % config.mesh.tensor:
+    kv_heads, tensor = config.model.shape.num_kv_heads, config.mesh.tensor
+    if config.model.path is None and kv_heads % tensor and tensor % kv_heads:  # fewer are copied, see sharding/rules.py
         _refuse(
-            f"model.shape.num_kv_heads to be a multiple of mesh.tensor ({config.mesh.tensor})",
-            f"{config.model.shape.num_kv_heads}",
-            "mesh.tensor",
+            f"model.shape.num_kv_heads to be a multiple or a divisor of mesh.tensor ({tensor})",
+            f"{kv_heads}",
+            "model.shape.num_kv_heads or mesh.tensor",
         )

@@ -16,7 +16,7 @@ class SampleId(NamedTuple):
 
     question: int
     round: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of an id
 
     def __str__(self) -> str:
         return f"{self.question}/{self.round}/{self.index}"
@@ -105,7 +105,8 @@ class Sample:
     Args
       group_id: samples that share a baseline; the question id unless a method says otherwise.
       completion_tokens: includes the stop token where there is one, and the forced prefix.
-      sampler_logprobs: as decoded, after temperature, before top-k and top-p; nats; 0 on the forced prefix; zeros for demonstrations.
+      sampler_logprobs: as decoded, after temperature, before top-k and top-p; nats; 0 on the forced prefix; zeros for
+        demonstrations.
       prefix_len: tokens at the start of the completion that the policy did not write.
       reward: None until a verifier has spoken. solved: the verifier's yes or no, which the gate counts.
       pair_id: samples that need each other in one forward pass share it (a bundle the packer never splits); -1: none.

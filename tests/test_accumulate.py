@@ -217,7 +217,9 @@ def broken(kind):
             return Sums(jax.tree.map(lambda g: g.astype(jnp.float32), gradients), witness)
         if kind == "duplicate":
             return right_add(right_add(sums, gradients, witness), gradients, witness)
-        first = jnp.any(sums.witness != 0)  # DeepSpeed: the buffer is written at the first micro-step, added at the last
+        first = jnp.any(
+            sums.witness != 0
+        )  # DeepSpeed: the buffer is written at the first micro-step, added at the last
         kept = jax.tree.map(lambda s, g: jnp.where(first, s, g), sums.gradients, gradients)
         return Sums(kept, jnp.where(first, sums.witness, witness))
 
@@ -249,7 +251,9 @@ def test_t16_witness_equals_the_token_counts_bitwise_under_jit_donation_and_rema
         step = jax.jit(make_micro_step(losses, optimizers), donate_argnums=0)
         batches = toys.window(tokens, mask, np.ones(mask.shape), cuts_of([1, 2, 3]), pad_rows=3)
         after = toys.run_window(step, jax.tree.map(jnp.copy, state), batches)
-        assert np.array_equal(np.asarray(after.report.witness, np.int64)[:3], [mask[:1].sum(), mask[1:3].sum(), mask[3:].sum()])
+        assert np.array_equal(
+            np.asarray(after.report.witness, np.int64)[:3], [mask[:1].sum(), mask[1:3].sum(), mask[3:].sum()]
+        )
         assert int(after.report.tokens) == mask.sum()
 
 
@@ -306,7 +310,9 @@ def test_t30_a_window_without_live_tokens_moves_nothing():
     step, state = toys.sgd_setup(toys.linear_losses, toys.linear_params(), optimizer=optax.adam(0.1))
     tokens, mask = toys.rows_of(np.random.default_rng(11), 3)
     empty = np.zeros_like(mask)
-    after = toys.run_window(step, state, toys.window(tokens, empty, np.ones(mask.shape), cuts_of([1, 1, 1]), pad_rows=1))
+    after = toys.run_window(
+        step, state, toys.window(tokens, empty, np.ones(mask.shape), cuts_of([1, 1, 1]), pad_rows=1)
+    )
     assert int(after.report.status) == Status.EMPTY
     before = (state.params, state.chains["policy"].optimizer)
     assert all(
@@ -354,7 +360,8 @@ def test_second_parameter_tree_and_objective_probe_need_no_edit_of_train():
     parts = [named_gradients(state.params, batch) for batch in batches]
     total = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *parts)
     assert set(total) == {"toy", "critic"}
-    assert not np.any(total["toy"]["critic"]["v"]) and not np.any(total["critic"]["policy"]["theta"])
+    assert not np.any(total["toy"]["critic"]["v"])
+    assert not np.any(total["critic"]["policy"]["theta"])
     np.testing.assert_array_equal(total["toy"]["policy"]["theta"], integer_gradient(tokens, mask, weights))
 
 

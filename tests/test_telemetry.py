@@ -24,7 +24,7 @@ def console():
     return Console(file=io.StringIO(), width=200)
 
 
-def test_telemetry_metrics_file_has_texts_and_nan_and_sinks_get_numbers(tmp_path, console):
+def test_telemetry_metrics_file_has_texts_and_nan_and_sinks_get_finite_numbers(tmp_path, console):
     written = []
     sink = Sink("memory", lambda step, metrics: written.append((step, dict(metrics))), lambda: None)
     with open_jsonl(tmp_path / "metrics.jsonl") as file:
@@ -41,7 +41,7 @@ def test_telemetry_metrics_file_has_texts_and_nan_and_sinks_get_numbers(tmp_path
         ["b"],
     )
     ((step, scalars),) = written
-    assert (step, scalars["a"], scalars["c"], scalars.keys()) == (3, 0.5, 3.0, {"a", "b", "c"})
+    assert (step, scalars) == (3, {"a": 0.5, "c": 3.0})
 
 
 def test_telemetry_failing_backend_is_named_once_and_left_out(console):
@@ -98,9 +98,27 @@ def test_telemetry_wandb_that_is_not_installed_names_the_field(tmp_path, monkeyp
 
 def test_telemetry_line_is_short_and_ordered():
     metrics = {"perf/throughput": 5120.4, "critic/score/mean": 0.3124, "unknown": 3.0}
-    assert progress_line(metrics, 190.0) == "reward 0.312  tok/s 5,120  eta 3:10"
+    assert progress_line(metrics, 190.0) == "eta 3:10  reward 0.312  tok/s 5,120"
     assert progress_line({}, 3723.0) == "eta 1:02:03"
     assert progress_line({}, float("nan")) == ""
+    evaluated = {"validation/pass@1": 0.25, "validation/pass@1_low": 0.2, "validation/pass@16": 0.5, "test/pass@1": 0.9}
+    assert progress_line(evaluated, float("nan")) == "validation pass@1 0.250  pass@16 0.500"
+
+
+def test_telemetry_line_shows_shares_of_questions_and_the_stage_where_there_are_several():
+    metrics = {"batch/solve_none": 6.0, "batch/solved": 2.0, "hpt/gate_sft_frac": 0.75, "train/stage": 1.0}
+    assert progress_line(metrics, 5.0) == "eta 0:05  none 0.75  sft 0.75"
+    assert progress_line(metrics, 5.0, stages=["sft", "grpo"]) == "eta 0:05  grpo 2/2  none 0.75  sft 0.75"
+
+
+def test_telemetry_alarm_speaks_when_sampler_and_trainer_begin_to_disagree():
+    rows, said = [], []
+    write = telemetry.watch_sampler(lambda step, metrics: rows.append(step), said.append)
+    for step, gap in enumerate([1e-5, 1e-4, 2e-4, 3e-4, 1e-5, float("nan"), None]):
+        write(step, {} if gap is None else {"rollout/logp_diff_max": gap})
+    assert rows == list(range(7))
+    assert [text.split(" by ")[0].split("step ")[1].split()[0] for text in said] == ["2", "5"]
+    assert "2.0e-04 nats, expected at most 1e-04" in said[0]
 
 
 def test_telemetry_eta_counts_only_the_steps_of_this_process(console):
@@ -116,9 +134,11 @@ def test_telemetry_bar_on_a_terminal_shows_the_line():
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     sink = progress_sink(4, first_step=0, console=console)
     sink.write(1, {"critic/score/mean": 0.5})
+    sink.write(1, {"validation/pass@1": 0.25})
     sink.close()
     assert "reward 0.500" in console.file.getvalue()
     assert "1/4" in console.file.getvalue()
+    assert "step 1/4  eta" in console.file.getvalue()  # the evaluation's own line, which stays
 
 
 def test_telemetry_rollouts_of_a_step_are_written_once(tmp_path):

@@ -72,7 +72,7 @@ def tiny_config(folder: Path, **changes: Any) -> Config:
         train=TrainConfig(steps=4, eval_every=2, probe_every=0, rollouts_every=2, panel_questions=2),
         eval=EvalConfig(questions=4, samples_per_question=2, train_questions=4, ks=(1, 2)),
         checkpoint=CheckpointConfig(every_steps=1, keep_last=2, keep_best=1),
-        telemetry=TelemetryConfig(tensorboard=False, progress=False),
+        telemetry=TelemetryConfig(tensorboard=False, progress=False, plot=False),
     )
     config = dataclasses.replace(config, **changes)
     build_task(config.task)

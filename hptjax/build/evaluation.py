@@ -1,4 +1,4 @@
-"""What is measured when: validation during a run, test and training questions at its ends, each with its counts on disk."""
+"""What is measured when: validation during a run, test and training questions at its ends, all with counts on disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DuringTraining = Callable[[int, Params], dict[str, float]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluator:
-    """`measure(split, params)` gives figures as JSON; `during_training(folder, total_steps)` gives the loop's function."""
+    """`measure(split, params)` gives figures; `during_training(folder, total_steps)` gives the loop's function."""
 
     measure: Callable[[str, Params], dict[str, Any]]
     during_training: Callable[[Path, int], DuringTraining]

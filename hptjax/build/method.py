@@ -92,7 +92,7 @@ def build_estimator(hpt: HptConfig) -> table.Estimator:
 def _policy_loss(estimator: table.Estimator, scored: bool) -> TokenLoss:
     """The row's token loss; without a score pass the rollout policy is the current one, at ratio exactly 1."""
 
-    def token_loss(view, advantages):  # noqa: ANN001, ANN202
+    def token_loss(view, advantages):
         rollout = view.rollout_logprobs if scored else jax.lax.stop_gradient(view.logprobs)
         return table.policy_token_loss(estimator, view.logprobs, rollout, advantages)
 
@@ -104,9 +104,7 @@ def clips(recipe: Recipe) -> bool:
     return recipe.scores and recipe.estimator.stability_mask is not everywhere
 
 
-def _reducers(
-    config: Config, questions_per_step: int
-) -> tuple[reducers.Reducer, reducers.Reducer, reducers.Reducer]:
+def _reducers(config: Config, questions_per_step: int) -> tuple[reducers.Reducer, reducers.Reducer, reducers.Reducer]:
     """The preset's reducers for RL, for SFT, and for the entropy of all completion tokens (design contract 5)."""
     hpt, tokens = config.hpt, config.rollout.max_completion_tokens
     updates = config.train.updates_per_rollout_batch

@@ -99,7 +99,7 @@ def build_policy(config: Config) -> Policy:
         tokens_per_call=rollout.tokens_per_call,
         pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         prefill_rows=rollout.prefill_rows,
-        shardings=_rollout_shardings(mesh) if mesh.size > 1 else None,
+        shardings=_rollout_shardings(mesh, shape, rollout.slots, rollout.cache_capacity) if mesh.size > 1 else None,
     )
     return Policy(shape, params, shardings, mesh, tokenizer, sample, token_stats)
 
@@ -122,12 +122,13 @@ def from_scratch(shape: ShapeConfig, vocab_size: int) -> DecoderConfig:
     )
 
 
-def _rollout_shardings(mesh: jax.sharding.Mesh) -> RolloutShardings:
-    """Slots over `data`, as the rows of a micro-batch; the cache by its logical axes."""
+def _rollout_shardings(mesh: jax.sharding.Mesh, shape: DecoderConfig, slots: int, capacity: int) -> RolloutShardings:
+    """Slots over `data`, as the rows of a micro-batch; the cache by its logical axes (few kv heads are copied)."""
     spec = jax.sharding.PartitionSpec
+    cache = (shape.num_layers, slots, capacity, shape.num_kv_heads, shape.head_dim)  # [L B C K E]
     place = partial(jax.sharding.NamedSharding, mesh)
     return RolloutShardings(
         rows=place(spec("data")),
-        cache=named_shardings(mesh, decoder.cache_axes()),
+        cache=named_shardings(mesh, decoder.cache_axes(), shapes=decoder.Cache(keys=cache, values=cache)),
         replicated=place(spec()),
     )

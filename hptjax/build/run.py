@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 from hptjax.build.data import Questions, build_judge, build_questions, build_task
 from hptjax.build.evaluation import Evaluator, build_evaluator
+from hptjax.build.plots import plot_run
 from hptjax.build.policy import Policy, build_policy
 from hptjax.build.stages import build_stages
 from hptjax.build.summary import summarise, summary_table
@@ -43,6 +46,7 @@ from hptjax.train.telemetry import (
     rollout_row,
     tensorboard_sink,
     wandb_sink,
+    watch_sampler,
     write_rollouts,
 )
 
@@ -77,7 +81,7 @@ def open_parts(config: Config) -> Iterator[Parts]:
 
 def use_compile_cache() -> None:
     """Compiled programs are kept between processes, so that a second start is quick."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(compile_cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
@@ -122,6 +126,13 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
             truncate_after(folder / name, written)
         with contextlib.ExitStack() as files:
             telemetry = _telemetry(config, folder, stages, progress, files, quiet=quiet)
+            exact = config.model.compute_dtype == "float32"
+            if truncates_sampling(config) and any(stage.rolls_out for stage in stages):
+                telemetry.say(
+                    f"warning: training on truncated sampling (rollout.top_k {config.rollout.top_k}, rollout.top_p "
+                    f"{config.rollout.top_p}): log-probs are those before truncation, so the policy that learns is "
+                    "not the one that sampled; 0 and 1 turn it off"
+                )
             ledger = files.enter_context(open_jsonl(folder / "ledger.jsonl"))
             write_json(folder / "data.json", _data_record(parts))
 
@@ -139,7 +150,7 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
                 put=lambda micro_batch: put_micro_batch(parts.policy.mesh, micro_batch),
                 read=to_host,
                 flag=_flags(parts.policy.mesh),
-                log_step=telemetry.write,
+                log_step=watch_sampler(telemetry.write, telemetry.say) if exact else telemetry.write,
                 log_ledger=ledger.write,
                 log_rollouts=_rollout_log(parts, folder),
                 evaluate=parts.evaluator.during_training(folder, sum(stage.steps for stage in stages)),
@@ -159,6 +170,13 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
                 raise SystemExit(0) from None
         if config.checkpoint.export_folder is not None:
             export(parts, state.params["policy"], Path(config.checkpoint.export_folder))
+        if config.telemetry.plot:
+            try:
+                plot_run(folder, ks=config.eval.ks, title=f"{config.name}: {' then '.join(s.name for s in stages)}")
+            except Exception as error:  # a picture is worth no run
+                print(
+                    f"warning: {folder}/plot.png could not be drawn: {type(error).__name__}: {error}", file=sys.stderr
+                )
         summary = summarise(folder, seconds=seconds_before + time.monotonic() - began, ks=config.eval.ks)
     write_json(folder / "summary.json", summary)
     return summary
@@ -184,6 +202,11 @@ def _start_or_resume(
 def _fingerprint(config: Config, parts: Parts) -> dict[str, Any]:
     """What a checkpoint must share with this run to be taken up."""
     return {"model": dataclasses.asdict(parts.policy.config), "config": resolved(config)["hpt"], "seed": config.seed}
+
+
+def truncates_sampling(config: Config) -> bool:
+    """Whether rollouts are drawn from a part of the policy's distribution only."""
+    return config.rollout.top_k > 0 or config.rollout.top_p < 1.0
 
 
 def _data_record(parts: Parts) -> dict[str, Any]:
@@ -225,15 +248,23 @@ def _telemetry(
     quiet: bool,
 ) -> Telemetry:
     metrics = files.enter_context(open_jsonl(folder / "metrics.jsonl"))
+    console = Console(stderr=True)  # one for all, or a warning would break the progress line
     sinks = []
     if config.telemetry.tensorboard:
         sinks.append(tensorboard_sink(folder / "tensorboard", first_step=progress.step + 1))
     if config.telemetry.wandb:
         sinks.append(wandb_sink(folder, name=config.name, config=resolved(config)))
     if config.telemetry.progress and not quiet:
-        total = sum(stage.steps for stage in stages)
-        sinks.append(progress_sink(total, first_step=progress.step, log_every=config.train.log_every))
-    telemetry = make_telemetry(metrics.write, sinks)
+        sinks.append(
+            progress_sink(
+                sum(stage.steps for stage in stages),
+                first_step=progress.step,
+                stages=[stage.name for stage in stages],
+                log_every=config.train.log_every,
+                console=console,
+            )
+        )
+    telemetry = make_telemetry(metrics.write, sinks, console=console)
     files.callback(telemetry.close)
     return telemetry
 
@@ -284,7 +315,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: Any) -> None:
         asked.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, ask)

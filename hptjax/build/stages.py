@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,10 +24,9 @@ from hptjax.sharding.mesh import put_micro_batch
 from hptjax.train.loop import Stage
 from hptjax.train.objective import make_losses
 from hptjax.train.optimizer import make_optimizer, make_schedule
-from hptjax.train.state import TrainState, init_state, placed, state_shardings
+from hptjax.train.state import TrainState, init_state, jit_step, placed, state_shardings
 from hptjax.train.step import Losses, make_micro_step, make_named_gradients
 from hptjax.types import MicroBatch, Params
-
 
 ROUNDS_PER_STAGE = 1 << 16  # more passes over the data than a stage makes, so that rounds of stages never meet
 
@@ -43,9 +43,7 @@ def build_stages(config: Config, policy: Policy, questions: Sequence[Question]) 
     ]
 
 
-def build_stage(
-    config: Config, stage: StageConfig, policy: Policy, train: Sequence[Question], *, index: int
-) -> Stage:
+def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Sequence[Question], *, index: int) -> Stage:
     """One stage of the loop: its recipe, compiled for the policy's mesh. Nothing is traced before it is first used."""
     questions = stage.questions_per_step or config.data.questions_per_step
     recipe = build_recipe(config, stage.method, questions)
@@ -69,8 +67,8 @@ def build_stage(
 
     def start(params: Mapping[str, Params], totals: Any) -> TrainState:
         state = fresh(jax.tree.map(jnp.copy, dict(params)))
-        state = state if totals is None else state.replace(totals=totals)
-        return placed(state, places, traced=False)
+        state = state if totals is None else dataclasses.replace(state, totals=totals)
+        return placed(state, places)
 
     token_stats = policy.token_stats(False)
 
@@ -81,12 +79,9 @@ def build_stage(
     reference = jax.tree.map(jnp.copy, policy.params) if recipe.reads_reference else None
 
     def add_reference(micro_batch: MicroBatch) -> MicroBatch:
-        return micro_batch.replace(reference_logprobs=scorer(reference, micro_batch))
+        return dataclasses.replace(micro_batch, reference_logprobs=scorer(reference, micro_batch))
 
-    step = make_micro_step(losses, optimizers, skip_norm=config.optimizer.skip_norm)
-
-    def micro_step(state: TrainState, micro_batch: MicroBatch, is_last: Any) -> TrainState:
-        return placed(step(state, micro_batch, is_last), places, traced=True)
+    micro_step = make_micro_step(losses, optimizers, skip_norm=config.optimizer.skip_norm)
 
     return Stage(
         name=stage.method,
@@ -106,7 +101,7 @@ def build_stage(
         mask_overlong=config.hpt.mask_overlong,
         nonfinite=config.optimizer.nonfinite,
         start=start,
-        micro_step=jax.jit(micro_step, donate_argnums=0),
+        micro_step=jit_step(micro_step, places),
         make_requests=build_requests(config, stop_ids(policy.tokenizer)),
         assemble=_assembler(config, recipe),
         learning_rate=lambda optimizer_step: float(to_host(schedule(optimizer_step))),

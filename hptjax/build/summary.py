@@ -94,17 +94,22 @@ def summary_table(summary: dict[str, Any]) -> str:
         lines.append(f"{name:14s}" + "".join(f"{_interval(cell):>22s}" for cell in cells))
     share, speed = summary["sft_share"], summary["tokens_per_s"]
     fail = summary["all_fail"]
+    witness = (
+        f"every micro-batch of {summary['updates']} updates once in its sum" if summary["witness_ok"] else "FAILED"
+    )
     lines += [
         f"all 8 failed  {100 * fail['base']:.1f} % of test questions -> {100 * fail['final']:.1f} %",
         f"SFT share     {100 * share['first']:.1f} % of questions over the first {SHARE_STEPS} steps -> "
         f"{100 * share['last']:.1f} % over the last {SHARE_STEPS}",
         f"tokens/s      rollout {speed['rollout']:,.0f}, update {speed['update']:,.0f}",
-        f"witness       {'every micro-batch of ' + str(summary['updates']) + ' updates once in its sum' if summary['witness_ok'] else 'FAILED'}",
+        f"witness       {witness}",
         f"time          {summary['seconds']:.0f} s for {summary['steps']} steps",
-        f"written to    {summary['folder']}: summary.json, metrics.jsonl, ledger.jsonl, plot.png",
-        f"plots         {summary['folder']}/plot.png, or tensorboard --logdir {summary['folder']}/tensorboard",
+        f"written to    {summary['folder']}: summary.json, metrics.jsonl, ledger.jsonl",
     ]
-    return "\n".join(lines)
+    folder = Path(summary["folder"])
+    plots = [str(folder / "plot.png")] if (folder / "plot.png").exists() else []
+    plots += [f"tensorboard --logdir {folder / 'tensorboard'}"] if (folder / "tensorboard").exists() else []
+    return "\n".join([*lines, *([f"plots         {', or '.join(plots)}"] if plots else [])])
 
 
 def _interval(figure: dict[str, Any] | None) -> str:

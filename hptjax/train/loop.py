@@ -251,7 +251,7 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
         with _timed(seconds, "probe"):
             rows.append(stage.probe(state.params, batches[0]))
     with _timed(seconds, "update"):
-        state = _apply_updates(stage, state, progress, updates, batches, world)
+        state = _apply_updates(stage, state, progress, step, updates, batches, world)
     if stage.rolls_out:
         rows.append(visit_metrics(gated, step.questions, progress.history))
     rows.append(_update_metrics(step, updates, seconds))
@@ -272,19 +272,21 @@ def _score(
     else:
         flat = step.scores
     scored = iter(flat)
-    return [[micro_batch.replace(rollout_logprobs=next(scored)) for micro_batch in part] for part in batches]
+    return [
+        [dataclasses.replace(micro_batch, rollout_logprobs=next(scored)) for micro_batch in part] for part in batches
+    ]
 
 
 def _apply_updates(
     stage: Stage,
     state: TrainState,
     progress: Progress,
+    step: OpenStep,
     updates: Sequence[Update],
     batches: Sequence[Sequence[MicroBatch]],
     world: World,
 ) -> TrainState:
     """Every live micro-batch of every update once, from where the step stands; a ledger row per update."""
-    step = progress.open_step
     while step.update_index < len(updates):
         update, micro_batches = updates[step.update_index], batches[step.update_index]
         while step.micro_index < len(micro_batches):
@@ -306,7 +308,10 @@ def _apply_updates(
         )
         check(entry, nonfinite=stage.nonfinite)
         step.ledger_rows.append(entry)
-        _merge_stats(step.stats, report.stats)
+        stats = dict(report.stats)
+        if step.update_index > 0:  # the weights have moved since the samples were drawn: no measure of the sampler
+            stats = {name: stat for name, stat in stats.items() if not name.startswith("rollout/logp_diff")}
+        _merge_stats(step.stats, stats)
         step.update_index += 1
         step.micro_index = 0
     return state

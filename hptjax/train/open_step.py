@@ -57,9 +57,7 @@ def to_json(step: OpenStep) -> dict[str, Any]:
     }
 
 
-def from_json(
-    saved: Mapping[str, Any], questions: Mapping[int, Question], scores: list[np.ndarray] | None
-) -> OpenStep:
+def from_json(saved: Mapping[str, Any], questions: Mapping[int, Question], scores: list[np.ndarray] | None) -> OpenStep:
     """The inverse of `to_json`, given the questions by id."""
     samples = [_sample_from_json(entry, questions) for entry in saved["samples"]]
     return OpenStep(

@@ -5,7 +5,8 @@ It may be saved between any two calls of `micro_step`: the open window's sums ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from flax import struct
 from jaxtyping import Float, Int
 
 from hptjax.train.accumulate import Status, Sums, zero_sums
-from hptjax.types import Array, Params, Stat
+from hptjax.types import Array, MicroBatch, Params, Stat
 
 LIMB = 2**31  # lifetime totals are kept as two int32 limbs: total = high * 2^31 + low
 
@@ -85,6 +86,10 @@ class TrainState:
     window: Window
     totals: Totals
     report: Report
+
+
+MicroStep = Callable[[TrainState, MicroBatch, Any], TrainState]
+"""State, micro-batch, whether it is the window's last -> state."""
 
 
 def empty_window(stats: Mapping[str, Stat]) -> Window:
@@ -158,11 +163,30 @@ def state_shardings(
     return [place_of(_names(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
 
 
-def placed(state: TrainState, places: Sequence[jax.sharding.Sharding], *, traced: bool) -> TrainState:
-    """The state with every leaf where `places` says; `traced` inside jit, where it becomes a constraint."""
+def placed(state: TrainState, places: Sequence[jax.sharding.Sharding]) -> TrainState:
+    """The state with every leaf where `places` says."""
     leaves, treedef = jax.tree.flatten(state)
-    put = jax.lax.with_sharding_constraint if traced else jax.device_put
-    return jax.tree.unflatten(treedef, [put(leaf, place) for leaf, place in zip(leaves, places, strict=True)])
+    return jax.tree.unflatten(treedef, jax.device_put(leaves, list(places)))
+
+
+def jit_step(step: MicroStep, places: Sequence[jax.sharding.Sharding]) -> MicroStep:
+    """The step compiled, its state donated, every leaf that it returns placed as `places` says.
+
+    Without the exact places, a state that comes back may differ in the spelling of its shardings from the one that went
+    in, and the second call would compile again. `__wrapped__` is the compiled function, on leaves.
+    """
+
+    def leaves_after(state: TrainState, micro_batch: MicroBatch, is_last: Any) -> list[Any]:
+        return jax.tree.leaves(step(state, micro_batch, is_last))
+
+    compiled = jax.jit(leaves_after, donate_argnums=0, out_shardings=list(places))
+
+    @functools.wraps(compiled)
+    def micro_step(state: TrainState, micro_batch: MicroBatch, is_last: Any) -> TrainState:
+        treedef = jax.tree.structure(state)
+        return jax.tree.unflatten(treedef, compiled(state, micro_batch, is_last))
+
+    return micro_step
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ NaN in a window can neither leak into parameters nor survive into the next windo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,9 +35,11 @@ Losses = Callable[[Mapping[str, Params], MicroBatch], tuple[dict[str, Any], dict
 
 def merge_stat(left: Stat, right: Stat) -> Stat:
     """Sums and counts add, peaks take the larger."""
-    if isinstance(left, SumCount):
+    if isinstance(left, SumCount) and isinstance(right, SumCount):
         return SumCount(total=left.total + right.total, count=left.count + right.count)
-    return Peak(value=jnp.maximum(left.value, right.value))
+    if isinstance(left, Peak) and isinstance(right, Peak):
+        return Peak(value=jnp.maximum(left.value, right.value))
+    raise ValueError(f"expected two statistics of one kind, got {type(left).__name__} and {type(right).__name__}")
 
 
 def make_micro_step(
@@ -124,9 +127,10 @@ def make_micro_step(
         )
         window = state.window
         bad = (window.first_nonfinite < 0) & ~all_finite(gradients)
-        added = state.replace(
+        added = dataclasses.replace(
+            state,
             chains={
-                name: chain.replace(sums=add(chain.sums, gradients[name], witness))
+                name: dataclasses.replace(chain, sums=add(chain.sums, gradients[name], witness))
                 for name, chain in state.chains.items()
             },
             window=Window(

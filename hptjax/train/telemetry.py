@@ -11,31 +11,31 @@ import json
 import math
 import numbers as numbers_abc
 import pathlib
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from hptjax.masked import ratio
 
 WARN_STYLE = "yellow"
-# What the line shows: metric name -> (label, format). Absent metrics are left out.
+EVALUATION = re.compile(r"validation/(pass@\d+)")
+# What the line shows of a step: metric name -> (label, format). Absent metrics are left out.
 LINE = {
     "critic/score/mean": ("reward", "{:.3f}"),
     "batch/solve_none": ("none", "{:.2f}"),
     "hpt/gate_sft_frac": ("sft", "{:.2f}"),
-    "actor/entropy": ("entropy", "{:.3f}"),
-    "actor/kl_loss": ("kl", "{:.4f}"),
-    "response_length/mean": ("len", "{:.1f}"),
     "sft/loss": ("sft loss", "{:.3f}"),
-    "actor/grad_norm": ("grad", "{:.3f}"),
+    "actor/entropy": ("entropy", "{:.3f}"),
+    "response_length/mean": ("len", "{:.1f}"),
     "perf/throughput": ("tok/s", "{:,.0f}"),
-    "validation/pass@1": ("validation pass@1", "{:.3f}"),
-    "validation/pass@8": ("pass@8", "{:.3f}"),
 }
+LOGP_DIFF_LIMIT = 1e-4  # nats; float32 rounding of sampler against trainer stays below it (design contract 4)
 
 Write = Callable[[int, Mapping[str, Any]], None]  # (steps done, metrics)
 
@@ -84,7 +84,7 @@ def make_telemetry(
 
     def write(step: int, metrics: Mapping[str, Any]) -> None:
         append_row({"step": step, "time_s": time.time(), **metrics})
-        scalars = numbers(metrics)
+        scalars = finite_numbers(metrics)
         live[:] = [sink for sink in live if guarded(sink, lambda: sink.write(step, scalars), f"writing step {step}")]  # noqa: B023
 
     def close() -> None:
@@ -95,9 +95,34 @@ def make_telemetry(
     return Telemetry(write, lambda text: console.print(text, markup=False, highlight=False), close)
 
 
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that are numbers; texts such as the stage's name go to metrics.jsonl only."""
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, numbers_abc.Real)}
+def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that a curve can show. Texts, NaN and infinities go to metrics.jsonl only, which names the latter."""
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, numbers_abc.Real)}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def watch_sampler(write: Write, say: Callable[[str], None]) -> Write:
+    """`write`, with an alarm at the step where sampler and trainer begin to disagree by more than float32 rounding.
+
+    A disagreement means that the policy learns from samples of another distribution than it believes.
+    """
+    above = False
+
+    def watched(step: int, metrics: Mapping[str, Any]) -> None:
+        nonlocal above
+        write(step, metrics)
+        gap = metrics.get("rollout/logp_diff_max")
+        if gap is None:
+            return
+        was, above = above, not gap <= LOGP_DIFF_LIMIT  # NaN is an alarm
+        if above and not was:
+            say(
+                f"alarm: at step {step} sampler and trainer disagree on a token's log-prob by {gap:.1e} nats, expected "
+                f"at most {LOGP_DIFF_LIMIT:.0e} in float32; see rollout/logp_diff_max (a matmul precision below "
+                "float32, or decoding that differs from training)"
+            )
+
+    return watched
 
 
 def tensorboard_sink(folder: str | pathlib.Path, *, first_step: int) -> Sink:
@@ -130,15 +155,19 @@ def progress_sink(
     total_steps: int,
     *,
     first_step: int,
+    stages: Sequence[str] = (),
     log_every: int = 1,
     console: Console | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Sink:
-    """One short line: step, the metrics of `LINE`, and the time left; a live bar on a terminal, else a line per step.
+    """One short line: step, time left, the metrics of `LINE`; a live bar on a terminal, else a line per step.
+
+    Evaluations always get a line that stays.
 
     Args
       total_steps: of the whole run, earlier stages included. first_step: steps done before this process began; the
         estimate of the time left counts only the steps since.
+      stages: their names, shown where there is more than one.
       log_every: steps between lines where the output is not a terminal.
     """
     console = console or Console(stderr=True)
@@ -149,8 +178,8 @@ def progress_sink(
         bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[line]}"),
+            BarColumn(bar_width=10),
+            TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
         )
         task = bar.add_task("step", total=total_steps, completed=first_step, line="")
@@ -158,22 +187,39 @@ def progress_sink(
 
     def write(step: int, metrics: Mapping[str, Any]) -> None:
         left_s = ratio((clock() - began) * (total_steps - step), step - first_step)
-        line = progress_line(metrics, left_s)
+        evaluation = any(EVALUATION.fullmatch(name) for name in metrics)
+        line = progress_line(metrics, left_s, stages=stages)
         if bar is not None:
-            bar.update(task, completed=step, line=line)
-        elif step % log_every == 0 or step == total_steps:
+            bar.update(task, completed=step)
+            if not evaluation:
+                bar.update(task, line=line)
+        if evaluation or (bar is None and (step % log_every == 0 or step == total_steps)):
             console.print(f"step {step}/{total_steps}  {line}", markup=False, highlight=False, soft_wrap=True)
 
     return Sink("progress", write, bar.stop if bar is not None else lambda: None)
 
 
-def progress_line(metrics: Mapping[str, Any], left_s: float) -> str:
-    """For example `reward 0.312  sft 0.41  tok/s 5,120  eta 3:10`."""
-    parts = [f"{label} {form.format(metrics[name])}" for name, (label, form) in LINE.items() if name in metrics]
+def progress_line(metrics: Mapping[str, Any], left_s: float, *, stages: Sequence[str] = ()) -> str:
+    """For example `eta 3:10  grpo 2/2  reward 0.312  none 0.44  sft 0.41  tok/s 5,120`.
+
+    `none` is the share of the step's questions of which no rollout is solved.
+    """
+    parts = []
     if math.isfinite(left_s):
         minutes, seconds = divmod(round(max(left_s, 0.0)), 60)
         hours, minutes = divmod(minutes, 60)
         parts.append(f"eta {hours}:{minutes:02d}:{seconds:02d}" if hours else f"eta {minutes}:{seconds:02d}")
+    if len(stages) > 1 and "train/stage" in metrics:
+        index = int(metrics["train/stage"])
+        parts.append(f"{stages[index]} {index + 1}/{len(stages)}")
+    shown = dict(metrics)
+    if "batch/solve_none" in metrics:
+        none = metrics["batch/solve_none"]
+        shown["batch/solve_none"] = ratio(none, none + metrics["batch/solved"])
+    parts += [f"{label} {form.format(shown[name])}" for name, (label, form) in LINE.items() if name in shown]
+    evaluated = {found[1]: metrics[name] for name in metrics if (found := EVALUATION.fullmatch(name))}
+    if evaluated:
+        parts.append("validation " + "  ".join(f"{name} {value:.3f}" for name, value in evaluated.items()))
     return "  ".join(parts)
 
 
