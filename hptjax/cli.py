@@ -90,10 +90,13 @@ def run(arguments: list[str]) -> int:
         return BAD_INPUT
     try:
         return COMMANDS[command](rest)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("hptjax: interrupted; the same command continues from the last checkpoint.", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("HPTJAX_TRACEBACK") == "1" or not raised_here(error):
             raise
         print(f"hptjax {command}: {error}", file=sys.stderr)

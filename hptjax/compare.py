@@ -1,8 +1,9 @@
 """Several methods from the same base model under the same budget: one table, one plot, whatever comes out.
 
 Budgets come from the first arm's own run: its updates, its tokens (generated + trained) and its FLOPs. Every other arm
-runs until it has spent all three, and is read off three times, at the last evaluation within each budget:
-equal updates favour arms that generate much per update, equal FLOPs favour SFT. Nothing is chosen on test questions.
+runs until it has spent all three, and is read off three times, where it had spent each budget (on the straight line
+between the two nearest evaluations): equal updates favour arms that generate much per update, equal FLOPs favour SFT.
+Nothing is chosen on test questions.
 
 FLOPs are 2 N per token generated or prefilled and 6 N per position trained, N the parameters a token meets.
 Source `spec/diagnostics.md` 12.3.
@@ -49,7 +50,7 @@ def compare(config: Config, *, arms: Sequence[str], seeds: int) -> dict[str, Any
     The first arm sets the budget of its seed. Each run is an ordinary run folder under `runs/<name>-compare/`, so an
     interrupted comparison continues.
 
-    Raises ValueError for an unknown arm.
+    Raises ValueError for an unknown arm, KeyboardInterrupt when it was asked to stop; the run under way is then saved.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
@@ -63,7 +64,12 @@ def compare(config: Config, *, arms: Sequence[str], seeds: int) -> dict[str, Any
             folders[arm, seed] = root / name
             arm_config = _arm_config(config, arm, seed, root, name, budget)
             print(f"{name}: {_length(arm_config)}", flush=True)
-            build.train(arm_config, quiet=True)
+            try:
+                summary = build.train(arm_config, quiet=True)
+            except SystemExit:  # asked to stop, and saved
+                raise KeyboardInterrupt from None
+            final = ", ".join(f"pass@{k} {100 * summary['final'][f'pass@{k}']['value']:.1f} %" for k in config.eval.ks)
+            print(f"  test {final}; {summary['seconds']:.0f} s", flush=True)
             if budget is None:
                 spent = read_spent(root / name)
                 budget = {axis: float(getattr(spent, axis)[-1]) for axis in BUDGETS}
@@ -158,23 +164,22 @@ def read_off(
 ) -> dict[str, Any]:
     """Every arm's pass@k within each budget, each seed's value, and the difference to the first arm by question."""
     figures: dict[str, Any] = {}
+    samples = read_counts(folders[arms[0], seeds[0]], "test", 0)[1]
     for axis in BUDGETS:
-        values: dict[str, np.ndarray] = {}  # arm and k -> [S Q]
-        steps: dict[str, list[int]] = {}
-        for arm in arms:
-            steps[arm] = [_last_within(folders[arm, seed], folders[arms[0], seed], axis) for seed in seeds]
-            for k in ks:
-                values[f"{arm} {k}"] = np.stack(
-                    [
-                        pass_at_k(*read_counts(folders[arm, seed], "test", step), k)
-                        for seed, step in zip(seeds, steps[arm], strict=True)
-                    ]
-                )
-        samples = read_counts(folders[arms[0], seeds[0]], "test", 0)[1]
+        within = {
+            arm: [_within_budget(folders[arm, seed], folders[arms[0], seed], axis) for seed in seeds] for arm in arms
+        }
+        values = {
+            (arm, k): np.stack(
+                [_values_at(folders[arm, seed], step, k) for seed, step in zip(seeds, within[arm], strict=True)]
+            )
+            for arm in arms
+            for k in ks
+        }  # [S Q] each
         figures[axis] = {
             arm: {
-                "steps": steps[arm],
-                **{f"pass@{k}": _figure(values[f"{arm} {k}"], values[f"{arms[0]} {k}"], samples) for k in ks},
+                "steps": within[arm],
+                **{f"pass@{k}": _figure(values[arm, k], values[arms[0], k], samples) for k in ks},
             }
             for arm in arms
         }
@@ -193,12 +198,29 @@ def read_off(
     return {"base": base, "figures": figures, "spent": spent, "first_arm": arms[0], "seeds": list(seeds)}
 
 
-def _last_within(folder: Path, first: Path, axis: str) -> int:
-    """The last evaluated step at which a run had spent no more than the first arm's whole run."""
-    budget = getattr(read_spent(first), axis)[-1]
+def _within_budget(folder: Path, first: Path, axis: str) -> float:
+    """The step, with its fraction, at which a run had spent what the first arm's whole run did; its end if it never had.
+
+    Between two steps the spending is taken as even.
+    """
+    budget = float(getattr(read_spent(first), axis)[-1])
     spent = getattr(read_spent(folder), axis)
-    evaluated = sorted(int(path.stem.split("_")[1]) for path in (folder / "evaluations").glob("test_*.json"))
-    return max(step for step in evaluated if spent[step] <= budget * (1 + 1e-9))
+    return float(np.interp(budget, spent, np.arange(spent.size)))
+
+
+def _values_at(folder: Path, step: float, k: int) -> np.ndarray:
+    """pass@k per question at a step between two evaluations, on the straight line between them."""
+    evaluated = evaluated_steps(folder)
+    after = next((other for other in evaluated if other >= step), evaluated[-1])
+    before = max((other for other in evaluated if other <= step), default=after)
+    share = ratio(step - before, after - before) if after > before else 0.0
+    left, right = (pass_at_k(*read_counts(folder, "test", other), k) for other in (before, after))
+    return left + share * (right - left)
+
+
+def evaluated_steps(folder: Path) -> list[int]:
+    """The steps after which a run measured the test questions."""
+    return sorted(int(path.stem.split("_")[1]) for path in (folder / "evaluations").glob("test_*.json"))
 
 
 def _figure(values: np.ndarray, first: np.ndarray, samples: int) -> dict[str, Any]:
@@ -238,7 +260,9 @@ def as_table(report: dict[str, Any], ks: Sequence[int]) -> str:
                 )
                 for name in names
             ]
-            lines.append(f"| {axis} | {arm} | {', '.join(map(str, row['steps']))} | {' | '.join(cells)} |")
+            lines.append(
+                f"| {axis} | {arm} | {', '.join(f'{step:.0f}' for step in row['steps'])} | {' | '.join(cells)} |"
+            )
     return "\n".join(lines)
 
 
@@ -249,16 +273,15 @@ def _interval(value: float, low: float, high: float, *, sign: bool = False) -> s
 
 def plot(folders: dict[tuple[str, int], Path], arms: Sequence[str], ks: Sequence[int], path: Path) -> None:
     """pass@k against each budget, one thin line per seed, the arm's colour shared."""
-    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(ks), len(BUDGETS), figsize=(4.2 * len(BUDGETS), 3.2 * len(ks)), squeeze=False)
-    colours = dict(zip(arms, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    figure = Figure(figsize=(4.2 * len(BUDGETS), 3.2 * len(ks)))
+    axes = figure.subplots(len(ks), len(BUDGETS), squeeze=False)
+    colours = {arm: f"C{place}" for place, arm in enumerate(arms)}
     for (arm, _), folder in folders.items():
         spent = read_spent(folder)
-        evaluated = sorted(int(file.stem.split("_")[1]) for file in (folder / "evaluations").glob("test_*.json"))
+        evaluated = evaluated_steps(folder)
         for row, k in enumerate(ks):
             heights = []
             for step in evaluated:
@@ -267,8 +290,7 @@ def plot(folders: dict[tuple[str, int], Path], arms: Sequence[str], ks: Sequence
             for column, axis in enumerate(BUDGETS):
                 axes[row][column].plot(getattr(spent, axis)[evaluated], heights, color=colours[arm], alpha=0.8, lw=1.2)
                 axes[row][column].set(xlabel=axis, ylabel=f"test pass@{k}, %")
-    handles = [plt.Line2D([], [], color=colours[arm], label=arm) for arm in arms]
+    handles = [Line2D([], [], color=colours[arm], label=arm) for arm in arms]
     figure.legend(handles=handles, loc="upper center", ncols=len(arms), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -33,12 +33,21 @@ def open_run_folder(config: Config) -> pathlib.Path:
     """
     folder = run_folder(config)
     record = folder / "config.json"
-    if record.exists():
+    if record.exists() and has_begun(folder):
         refuse_changes(read_json(record), config, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"expected to make the run folder '{folder}', got {error}; change runs_dir.") from None
     write_json(record, resolved(config))
     note_versions(folder / "versions.json")
     return folder
+
+
+def has_begun(folder: pathlib.Path) -> bool:
+    """Whether the run has measured anything: a start that failed before that binds nobody to its config."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def run_folder(config: Config) -> pathlib.Path:

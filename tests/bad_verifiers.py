@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hptjax.records import Verdict
+from hptjax.tasks import countdown_verifier
 
 GOOD = Verdict(1.0, True, "good")
 
@@ -143,3 +145,16 @@ ACTIONS = {
     "number as reason": lambda: _wrong_fields(1.0, True, 7),
     "not a verdict": lambda: (1.0, True, "tuple"),
 }
+
+
+def solve_or_misbehave(completion: str, answer: Mapping[str, Any]) -> Verdict:
+    """Countdown's own word on what is solved; a wrong completion raises, hangs, dies or fails, by its text."""
+    verdict = countdown_verifier.verify(completion, answer)
+    if verdict.solved:
+        return verdict
+    choice = hashlib.sha256(completion.encode()).digest()[0] % 16
+    if choice == 0:
+        return _hang_in_python()
+    if choice == 1:
+        return _hard_exit()
+    return _raise() if choice < 6 else verdict

@@ -16,12 +16,14 @@ from hptjax.build.policy import build_policy
 from hptjax.build.stages import build_stages
 from hptjax.config import MeshConfig, ShapeConfig
 from hptjax.config_check import check
-from hptjax.hpt.gate import demonstration_sample
-from hptjax.records import Example, Question, Request, Sample, SampleId, Source
+from hptjax.models.decoder import param_shapes
+from hptjax.models.folder import save_folder
+from hptjax.models.shape import DecoderConfig
+from hptjax.records import Request, SampleId, Source
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import put_micro_batch
 from hptjax.train.accumulate import Status
-from tests import tiny
+from tests import recorded, tiny
 
 MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]  # data x tensor
 SPREAD = MESHES[1:]
@@ -59,47 +61,12 @@ def config_of(folder, data, tensor):
     )
 
 
-def recorded_questions():
-    rng = np.random.default_rng(11)
-    example = Example(question_id=0, prompt="", demonstration="", answer={}, canonical="")
-    return [
-        Question(
-            example=dataclasses.replace(example, question_id=place, canonical=str(place)),
-            prompt_tokens=rng.integers(3, 20, rng.integers(4, 15)).astype(np.int32),
-            demonstration_tokens=np.append(rng.integers(3, 20, rng.integers(3, 19)), 2).astype(np.int32),
-        )
-        for place in range(40)
-    ]
-
-
-def recorded_samples(visit, questions):
-    """Sixteen questions: eight gated to their demonstration, eight with four judged rollouts each, uneven lengths."""
-    rng = np.random.default_rng(visit)
-    chosen = [questions[place] for place in rng.permutation(len(questions))[:16]]
-    samples = [demonstration_sample(question, visit=visit) for question in chosen[:8]]
-    for question in chosen[8:]:
-        for index in range(4):
-            tokens = rng.integers(3, 20, rng.integers(1, 21)).astype(np.int32)
-            samples.append(
-                Sample(
-                    sample_id=SampleId(question.question_id, visit, index),
-                    group_id=question.question_id,
-                    source=Source.ROLLOUT,
-                    prompt_tokens=question.prompt_tokens,
-                    completion_tokens=tokens,
-                    sampler_logprobs=np.full(len(tokens), -3.0, np.float32),
-                    reward=float(rng.integers(0, 2)) if index > 1 else float(index),
-                )
-            )
-    return samples
-
-
 def built(folder, data, tensor):
     """(policy, stage) of a mesh, made once."""
     if (data, tensor) not in CACHE:
         config = config_of(folder, data, tensor)
         policy = build_policy(config)
-        CACHE[data, tensor] = (policy, build_stages(config, policy, recorded_questions())[-1])
+        CACHE[data, tensor] = (policy, build_stages(config, policy, recorded.questions())[-1])
     return CACHE[data, tensor]
 
 
@@ -115,8 +82,9 @@ def fresh(policy, stage):
     return stage.start({"policy": policy.params}, None)
 
 
-def recorded(stage, visit):
-    return stage.assemble(recorded_samples(visit, recorded_questions()), frozenset())
+def update_of(stage, visit):
+    """Sixteen questions: eight gated to their demonstration, eight with four judged rollouts each."""
+    return stage.assemble(recorded.mixed(8, 8, visit=visit), frozenset())
 
 
 def device_shapes(state):
@@ -144,14 +112,14 @@ def run_recorded(folder, data, tensor):
     key = ("run", data, tensor)
     if key not in CACHE:
         policy, stage = built(folder, data, tensor)
-        micro_batches = recorded(stage, 0).micro_batches
+        micro_batches = update_of(stage, 0).micro_batches
         start = to_host(jax.tree.leaves(policy.params))
         window = added(policy, stage, fresh(policy, stage), micro_batches, flush=False)
         state = added(policy, stage, fresh(policy, stage), micro_batches, flush=True)
         report, params, shapes = to_host(state.report), to_host(jax.tree.leaves(state.params)), device_shapes(state)
         losses = []
         for visit in range(1, 6):
-            state = added(policy, stage, state, recorded(stage, visit).micro_batches, flush=True)
+            state = added(policy, stage, state, update_of(stage, visit).micro_batches, flush=True)
             losses.append([float(to_host(state.report.stats[name].total)) for name in ("loss/sft", "loss/rl")])
         sums = to_host(window.chains["policy"].sums)
         CACHE[key] = Recorded(
@@ -177,10 +145,10 @@ def norm(leaves):
 
 
 def tolerances(folder):
-    """Accumulation spec 3.6, per leaf: 16 (k + sqrt(T)) u sum of the micro-batches' norms; and those norms, [k leaf]."""
+    """Accumulation spec 3.6, per leaf: 16 (k + sqrt(T)) u sum of the micro-batches' norms; and the norms, [k leaf]."""
     if "tolerances" not in CACHE:
         policy, stage = built(folder, 1, 1)
-        update = recorded(stage, 0)
+        update = update_of(stage, 0)
         parts = []
         for micro_batch in update.micro_batches:
             state = added(policy, stage, fresh(policy, stage), [micro_batch], flush=False)
@@ -193,7 +161,7 @@ def tolerances(folder):
 
 
 def test_recorded_update_is_mixed_uneven_and_takes_several_micro_batches(folder):
-    update = recorded(built(folder, 1, 1)[1], 0)
+    update = update_of(built(folder, 1, 1)[1], 0)
     assert update.sources[Source.DEMONSTRATION].sequences == 8
     assert update.sources[Source.ROLLOUT].sequences == 32
     assert len(update.micro_batches) >= 3
@@ -213,7 +181,7 @@ def test_summed_gradient_on_eight_devices_is_within_the_bound(folder, data, tens
 @pytest.mark.parametrize(("data", "tensor"), MESHES)
 def test_witness_and_token_counts_are_bitwise_the_plan_on_every_mesh(folder, data, tensor):
     run = run_recorded(folder, data, tensor)
-    planned = recorded(built(folder, 1, 1)[1], 0).planned_tokens
+    planned = update_of(built(folder, 1, 1)[1], 0).planned_tokens
     assert run.witness.dtype == np.float32
     assert np.array_equal(run.witness, planned.astype(np.float32))
     assert run.tokens == int(run.report.tokens) == planned.sum()
@@ -268,7 +236,7 @@ def sampled(folder, data, tensor):
                 max_completion_tokens=20,
                 stop_ids=frozenset({2}),
             )
-            for question in recorded_questions()[:6]
+            for question in recorded.questions()[:6]
             for index in range(4)
         ]
         CACHE[key] = policy.sample(policy.params, requests, jax.random.key(0))
@@ -316,11 +284,21 @@ def test_kv_heads_are_cut_or_copied_and_anything_else_names_the_field(folder):
 
 def test_build_names_what_a_mesh_cannot_hold(folder, eight_devices):
     """What the config alone does not say (a model folder's own sizes, the vocabulary) is refused when it is built."""
+    shape = DecoderConfig(
+        vocab_size=20, hidden_size=16, num_layers=1, num_heads=6, num_kv_heads=3, head_dim=8, mlp_size=32
+    )
+    params = jax.tree.map(
+        lambda size: np.zeros(size, np.float32), param_shapes(shape), is_leaf=lambda x: type(x) is tuple
+    )
+    save_folder(folder / "model", shape, params, dtype="float32")
+    config = config_of(folder, 4, 2)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder / "model")))
+    check(config)
     with pytest.raises(ValueError, match=r"'kv_heads' of size 3 .* change mesh\.tensor"):
-        build_policy(with_heads(config_of(folder, 4, 2), 6, 3))
+        build_policy(config)
     with pytest.raises(ValueError, match=r"of size (20|4) .* change mesh\.tensor"):
         build_policy(config_of(folder, 1, 8))
     policy, stage = built(folder, 4, 2)
-    rows = jax.tree.map(lambda leaf: leaf[:6] if leaf.ndim == 2 else leaf, recorded(stage, 0).micro_batches[0])
+    rows = jax.tree.map(lambda leaf: leaf[:6] if leaf.ndim == 2 else leaf, update_of(stage, 0).micro_batches[0])
     with pytest.raises(ValueError, match=r"'batch' of size 6 .* change mesh\.data"):
         put_micro_batch(policy.mesh, rows)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import hptjax.sharding.host
-from hptjax.build.run import open_parts
+from hptjax.build.parts import open_parts
 from hptjax.build.stages import build_stages
 from hptjax.hpt.gate import demonstration_sample
 from hptjax.records import Sample, SampleId, Source

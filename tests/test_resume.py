@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import hptjax.train.loop as loop
-from hptjax.build.run import open_parts
+from hptjax.build.parts import open_parts
 from hptjax.build.stages import build_stages
 from hptjax.train.checkpoint import open_checkpoints
 from tests import tiny
@@ -34,10 +34,10 @@ def final_state(config):
 
     with open_parts(config) as parts:
         stages = build_stages(config, parts.policy, parts.questions.train)
-        from hptjax.build.run import _fingerprint
+        from hptjax.build.parts import fingerprint
 
         folder = Path(config.runs_dir) / config.name / "checkpoints"
-        with open_checkpoints(folder, keep_last=2, keep_best=1, fingerprint=_fingerprint(config, parts)) as saved:
+        with open_checkpoints(folder, keep_last=2, keep_best=1, fingerprint=fingerprint(parts)) as saved:
             restored = saved.restore_latest(lambda host: stages[-1].start({"policy": parts.policy.params}, None))
     return [np.asarray(leaf) for leaf in jax.tree.leaves((restored.state.params, restored.state.chains))]
 

@@ -180,7 +180,9 @@ def test_rundir_records_config_and_versions(tmp_path):
 
 
 def test_rundir_refuses_a_changed_config_and_names_the_fields(tmp_path):
-    folder = rundir.open_run_folder(config_in(tmp_path))
+    folder = rundir.open_run_folder(config_in(tmp_path, train__steps=59))
+    folder = rundir.open_run_folder(config_in(tmp_path))  # a start that came to nothing binds nobody
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
     before = (folder / "config.json").read_bytes()
     with pytest.raises(ValueError) as caught:
         rundir.open_run_folder(config_in(tmp_path, train__steps=61, hpt__gate=1))
@@ -193,6 +195,7 @@ def test_rundir_refuses_a_changed_config_and_names_the_fields(tmp_path):
 def test_rundir_damaged_record_is_named(tmp_path):
     folder = rundir.open_run_folder(config_in(tmp_path))
     (folder / "config.json").write_text('{"name": ')
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(ValueError, match=r"expected JSON in .*config\.json"):
         rundir.open_run_folder(config_in(tmp_path))
 

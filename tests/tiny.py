@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hptjax.build.parts as build_parts
 import hptjax.build.run as build_run
 from hptjax.build.data import build_task
 from hptjax.config import (
@@ -81,12 +82,12 @@ def tiny_config(folder: Path, **changes: Any) -> Config:
 
 def train(config: Config) -> dict[str, Any]:
     """The product's own `train`, with the hash for a verifier."""
-    before = build_run.build_judge
-    build_run.build_judge = hash_judge
+    before = build_parts.build_judge
+    build_parts.build_judge = hash_judge
     try:
         return build_run.train(config, quiet=True)
     finally:
-        build_run.build_judge = before
+        build_parts.build_judge = before
 
 
 def as_off_policy(config: Config) -> Config:

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from hptjax.build.data import request_maker
-from hptjax.build.run import Parts, load_weights, open_parts
+from hptjax.build.parts import Parts, open_parts
+from hptjax.build.weights import load_weights
 from hptjax.config import Config
 from hptjax.data import tokenizer as text
 from hptjax.records import Example, Question

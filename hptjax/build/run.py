@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from hptjax.build.data import Questions, build_judge, build_questions, build_task
-from hptjax.build.evaluation import Evaluator, build_evaluator
+from hptjax.build.parts import TRAIN_KEY, Parts, fingerprint, open_parts
 from hptjax.build.plots import plot_run
-from hptjax.build.policy import Policy, build_policy
+from hptjax.build.signals import stop_signals
 from hptjax.build.stages import build_stages
 from hptjax.build.summary import summarise, summary_table
+from hptjax.build.weights import export
 from hptjax.config import Config, resolved
 from hptjax.data import tokenizer as text
 from hptjax.masked import mean
-from hptjax.models.folder import save_folder
 from hptjax.records import Objective
-from hptjax.rewards.pool import RewardPool
-from hptjax.rundir import compile_cache_folder, open_run_folder, run_folder, write_json
+from hptjax.rundir import open_run_folder, write_json
 from hptjax.sharding.agree import agree
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import put_micro_batch
@@ -49,41 +44,6 @@ from hptjax.train.telemetry import (
     watch_sampler,
     write_rollouts,
 )
-
-TRAIN_KEY, EVALUATION_KEY = 0, 1  # what the run's random key is split by
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Parts:
-    """What every command needs of a run."""
-
-    config: Config
-    policy: Policy
-    questions: Questions
-    judge: Any
-    evaluator: Evaluator
-    key: Any
-
-
-@contextlib.contextmanager
-def open_parts(config: Config) -> Iterator[Parts]:
-    """Model, data, verifier workers and evaluator of a config; the workers end with the block."""
-    use_compile_cache()
-    policy = build_policy(config)
-    task = build_task(config.task)
-    with RewardPool(workers=config.reward.workers, deadline_s=config.reward.deadline_s) as pool:
-        questions = build_questions(config, task, policy.tokenizer, pool)
-        judge = build_judge(config, task, policy.tokenizer, pool)
-        key = jax.random.key(config.seed)
-        evaluator = build_evaluator(config, policy, questions, judge, jax.random.fold_in(key, EVALUATION_KEY))
-        yield Parts(config, policy, questions, judge, evaluator, key)
-
-
-def use_compile_cache() -> None:
-    """Compiled programs are kept between processes, so that a second start is quick."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(compile_cache_folder()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def train(config: Config, *, quiet: bool = False) -> dict[str, Any]:
@@ -117,7 +77,7 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
         folder / "checkpoints",
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,
-        fingerprint=_fingerprint(config, parts),
+        fingerprint=fingerprint(parts),
     ) as checkpoints:
         state, progress = _start_or_resume(parts, stages, checkpoints, by_id)
         written = progress.step if progress.evaluated >= 0 else -1  # rows past it are written again
@@ -126,7 +86,10 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
             truncate_after(folder / name, written)
         with contextlib.ExitStack() as files:
             telemetry = _telemetry(config, folder, stages, progress, files, quiet=quiet)
+            saved = True
             exact = config.model.compute_dtype == "float32"
+            if not quiet:
+                telemetry.say(opening_line(parts, folder, stages, progress))
             if truncates_sampling(config) and any(stage.rolls_out for stage in stages):
                 telemetry.say(
                     f"warning: training on truncated sampling (rollout.top_k {config.rollout.top_k}, rollout.top_p "
@@ -137,11 +100,16 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
             write_json(folder / "data.json", _data_record(parts))
 
             def save(step: int, state: Any, host: dict[str, Any], arrays: Mapping[str, Any], **options: Any) -> None:
+                nonlocal saved
                 host["counters"]["seconds"] = seconds_before + time.monotonic() - began
-                try:
-                    checkpoints.save(step, state, host, arrays, **options)
-                except CheckpointFailed as failure:
-                    telemetry.say(f"warning: {failure}; the run goes on")
+                for _ in range(2):  # the first failure may be that of the save before this one
+                    try:
+                        checkpoints.save(step, state, host, arrays, **options)
+                        saved = True
+                        return
+                    except CheckpointFailed as failure:
+                        saved = False
+                        telemetry.say(f"warning: {failure}; the run goes on")
 
             world = World(
                 questions=by_id,
@@ -159,6 +127,7 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
             )
             cadence = Cadence(
                 evaluate=config.train.eval_every,
+                evaluate_also=frozenset(config.eval.test_steps),
                 probe=config.train.probe_every,
                 save=config.checkpoint.every_steps,
                 metric=config.checkpoint.metric,
@@ -166,7 +135,8 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
             try:
                 state, progress = run(stages, state, progress, world, cadence)
             except Stopped:
-                telemetry.say(f"stopped and saved at step {progress.step}; the same command continues")
+                kept = "and saved at" if saved else "without a checkpoint of"
+                telemetry.say(f"stopped {kept} step {progress.step}; the same command continues")
                 raise SystemExit(0) from None
         if config.checkpoint.export_folder is not None:
             export(parts, state.params["policy"], Path(config.checkpoint.export_folder))
@@ -199,9 +169,24 @@ def _start_or_resume(
     return restored.state, progress
 
 
-def _fingerprint(config: Config, parts: Parts) -> dict[str, Any]:
-    """What a checkpoint must share with this run to be taken up."""
-    return {"model": dataclasses.asdict(parts.policy.config), "config": resolved(config)["hpt"], "seed": config.seed}
+def opening_line(parts: Parts, folder: Path, stages: Sequence[Stage], progress: Progress) -> str:
+    """What is about to run, on what, and what was dropped of the data."""
+    record = _data_record(parts)
+    plan = " then ".join(f"{stage.steps} steps of {stage.name}" for stage in stages)
+    sizes = ", ".join(f"{count} {name}" for name, count in record["questions"].items())
+    dropped = [
+        f"{count} {split} ({reason.replace('_', ' ')})"
+        for split, reasons in record["dropped"].items()
+        for reason, count in reasons.items()
+        if count
+    ]
+    return "\n".join(
+        [
+            f"{folder}: {plan}, from step {progress.step}; {record['parameters']:,} parameters on "
+            f"{parts.policy.mesh.size} {jax.default_backend()} device(s)",
+            f"questions: {sizes}" + (f"; dropped: {', '.join(dropped)}" if dropped else ""),
+        ]
+    )
 
 
 def truncates_sampling(config: Config) -> bool:
@@ -302,59 +287,3 @@ def _rollout_log(parts: Parts, folder: Path) -> Callable[[OpenStep, Gated], None
         write_rollouts(folder, step.step + 1, rows)
 
     return log
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Inside the block, SIGTERM and Ctrl-C only raise a flag, which the loop asks for; a second one acts as usual."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def load_weights(parts: Parts, checkpoint: str) -> Any:
-    """The policy's parameters: of the base model, of the last checkpoint, or of the best by the validation metric.
-
-    Raises ValueError where the run folder has no such checkpoint.
-    """
-    if checkpoint == "base":
-        return parts.policy.params
-    config = parts.config
-    stages = build_stages(config, parts.policy, parts.questions.train)
-    folder = run_folder(config) / "checkpoints"
-    restored = None
-    if folder.is_dir():
-        with open_checkpoints(
-            folder,
-            keep_last=config.checkpoint.keep_last,
-            keep_best=config.checkpoint.keep_best,
-            fingerprint=_fingerprint(config, parts),
-        ) as checkpoints:
-            restore = checkpoints.restore_latest if checkpoint == "last" else checkpoints.restore_best
-            params = {"policy": parts.policy.params}
-            restored = restore(lambda host: stages[min(host["stage"], len(stages) - 1)].start(params, None))
-    if restored is None:
-        raise ValueError(
-            f"expected a {checkpoint} checkpoint in {folder}, found none; train first, or use --checkpoint base"
-        )
-    return restored.state.params["policy"]
-
-
-def export(parts: Parts, params: Any, folder: Path) -> None:
-    """The model as a Hugging Face folder: config.json, safetensors in bf16, tokenizer."""
-    save_folder(folder, parts.policy.config, to_host(params), dtype="bfloat16")
-    parts.policy.tokenizer.save_pretrained(str(folder))

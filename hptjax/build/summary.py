@@ -98,7 +98,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"every micro-batch of {summary['updates']} updates once in its sum" if summary["witness_ok"] else "FAILED"
     )
     lines += [
-        f"all 8 failed  {100 * fail['base']:.1f} % of test questions -> {100 * fail['final']:.1f} %",
+        f"none solved   {100 * fail['base']:.1f} % of test questions -> {100 * fail['final']:.1f} %",
         f"SFT share     {100 * share['first']:.1f} % of questions over the first {SHARE_STEPS} steps -> "
         f"{100 * share['last']:.1f} % over the last {SHARE_STEPS}",
         f"tokens/s      rollout {speed['rollout']:,.0f}, update {speed['update']:,.0f}",

@@ -252,7 +252,7 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for name in files:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"expected the weights {name} in {folder}, found none; check the model's folder")
+            raise FileNotFoundError(f"expected the weights {name} in {folder}, found none; change model.path")
         try:
             with safe_open(folder / name, framework="np") as opened:
                 tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
@@ -263,7 +263,7 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none; check the model's folder")
+        raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none; change model.path")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -102,6 +102,7 @@ class Cadence:
     """How often things happen, in steps; 0 is never. `metric` names the validation figure that ranks checkpoints."""
 
     evaluate: int
+    evaluate_also: frozenset[int]  # steps at which the evaluation is due as well
     probe: int
     save: int
     metric: str
@@ -162,7 +163,7 @@ def run(
             progress.step += 1
             progress.stage_step += 1
             at_end = progress.stage == len(stages) - 1 and progress.stage_step == stage.steps
-            if at_end or _due(cadence.evaluate, progress.step):
+            if at_end or progress.step in cadence.evaluate_also or _due(cadence.evaluate, progress.step):
                 _evaluate(state, progress, world, cadence)
             if _due(cadence.save, progress.step) and not at_end:
                 _save(stage, state, progress, world)

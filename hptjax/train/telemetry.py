@@ -92,7 +92,7 @@ def make_telemetry(
             guarded(sink, sink.close, "closing")
         live.clear()
 
-    return Telemetry(write, lambda text: console.print(text, markup=False, highlight=False), close)
+    return Telemetry(write, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True), close)
 
 
 def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
