@@ -199,7 +199,7 @@ def read_off(
 
 
 def _within_budget(folder: Path, first: Path, axis: str) -> float:
-    """The step, with its fraction, at which a run had spent what the first arm's whole run did; its end if it never had.
+    """The step, with its fraction, at which a run had spent what the first arm did in all; its end if it never had.
 
     Between two steps the spending is taken as even.
     """

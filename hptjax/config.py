@@ -145,6 +145,7 @@ class HptConfig:
     sft_coefficient: float = 1.0
     rl_coefficient: float = 1.0
     entropy_coefficient: float = 0.0  # 0.001 in the published recipes
+    entropy_on_demonstrations: bool = True  # whether the entropy term covers demonstrations too, as published
     kl_coefficient: float = 0.0  # to the model the run starts from
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     mask_overlong: bool = False  # weight 0 for completions that met their limit

@@ -34,7 +34,11 @@ def open_run_folder(config: Config) -> pathlib.Path:
     folder = run_folder(config)
     record = folder / "config.json"
     if record.exists() and has_begun(folder):
-        refuse_changes(read_json(record), config, folder)
+        recorded = read_json(record)
+        refuse_changes(recorded, config, folder)
+        if recorded == resolved(config):
+            note_versions(folder / "versions.json")
+            return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

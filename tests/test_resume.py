@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -12,12 +14,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import hptjax.build.run as build_run
 import hptjax.train.loop as loop
-from hptjax.build.parts import open_parts
+from hptjax.build.evaluation import build_evaluator
+from hptjax.build.parts import fingerprint, open_parts
 from hptjax.build.stages import build_stages
+from hptjax.data.stream import QuestionStream
 from hptjax.train.checkpoint import open_checkpoints
 from tests import tiny
 
@@ -28,14 +34,40 @@ class Killed(BaseException):
     """Stands for `kill -9` inside one process: nothing of the product catches it."""
 
 
-def final_state(config):
-    """Parameters and moments of the last checkpoint, as NumPy."""
-    import jax
+@functools.cache
+def opened(folder):
+    """The parts and stages of the tiny off-policy run, made once for this file: every run below is the same program."""
+    stack = contextlib.ExitStack()
+    parts = stack.enter_context(open_parts(tiny.as_off_policy(tiny.tiny_config(folder))))
+    return stack, parts, build_stages(parts.config, parts.policy, parts.questions.train)
 
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """`train(config)` in this process with the compiled functions of `opened`; each run gets streams of its own."""
+    folder = tmp_path_factory.mktemp("shared")
+    stack, parts, stages = opened(folder)
+
+    @contextlib.contextmanager
+    def same_parts(config):
+        judge = tiny.hash_judge(config, None, parts.policy.tokenizer, None)
+        evaluator = build_evaluator(config, parts.policy, parts.questions, judge, jax.random.key(1))
+        yield dataclasses.replace(parts, config=config, judge=judge, evaluator=evaluator)
+
+    def same_stages(config, policy, questions):
+        return [dataclasses.replace(s, stream=QuestionStream(questions, questions_per_step=6, seed=0)) for s in stages]
+
+    with pytest.MonkeyPatch.context() as patch, stack:
+        patch.setattr("hptjax.build.run.open_parts", same_parts)
+        patch.setattr("hptjax.build.run.build_stages", same_stages)
+        yield parts.config
+
+
+@functools.cache
+def final_state(config):
+    """Parameters, moments and sums of the last checkpoint, as NumPy: read once per finished run."""
     with open_parts(config) as parts:
         stages = build_stages(config, parts.policy, parts.questions.train)
-        from hptjax.build.parts import fingerprint
-
         folder = Path(config.runs_dir) / config.name / "checkpoints"
         with open_checkpoints(folder, keep_last=2, keep_best=1, fingerprint=fingerprint(parts)) as saved:
             restored = saved.restore_latest(lambda host: stages[-1].start({"policy": parts.policy.params}, None))
@@ -57,10 +89,9 @@ def same_run(left, right):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    config = tiny.as_off_policy(tiny.tiny_config(tmp_path_factory.mktemp("whole")))
-    tiny.train(config)
-    return config
+def uninterrupted(shared):
+    build_run.train(shared, quiet=True)
+    return shared
 
 
 def test_resume_metrics_have_no_gaps_or_repeats(uninterrupted):
@@ -142,9 +173,9 @@ def test_resume_after_death_is_bitwise(uninterrupted, tmp_path, monkeypatch, pla
 
     monkeypatch.setattr("hptjax.build.run.run", dying_run)
     with pytest.raises(Killed):
-        tiny.train(config)
+        build_run.train(config, quiet=True)
     monkeypatch.setattr("hptjax.build.run.run", original)
-    tiny.train(config)
+    build_run.train(config, quiet=True)
     same_run(uninterrupted, config)
 
 
@@ -164,10 +195,10 @@ def test_resume_after_a_clean_stop_keeps_samples_and_open_sums(uninterrupted, tm
 
     monkeypatch.setattr("hptjax.build.run.run", stopping_run)
     with pytest.raises(SystemExit) as stopped:
-        tiny.train(config)
+        build_run.train(config, quiet=True)
     assert stopped.value.code == 0
     monkeypatch.setattr("hptjax.build.run.run", original)
-    tiny.train(config)
+    build_run.train(config, quiet=True)
     same_run(uninterrupted, config)
 
 
@@ -210,9 +241,9 @@ def test_resume_after_kill_9_is_bitwise(whole_process, tmp_path, seed):
 def test_resume_refuses_a_changed_config_and_names_the_fields(uninterrupted):
     changed = dataclasses.replace(uninterrupted, hpt=dataclasses.replace(uninterrupted.hpt, gate=1))
     with pytest.raises(ValueError, match=r"hpt\.gate: 0 -> 1"):
-        tiny.train(changed)
+        build_run.train(changed, quiet=True)
 
 
 def test_resume_of_a_finished_run_gives_its_summary(uninterrupted):
     before = (Path(uninterrupted.runs_dir) / "tiny" / "summary.json").read_text()
-    assert tiny.train(uninterrupted) == json.loads(before)
+    assert build_run.train(uninterrupted, quiet=True) == json.loads(before)

@@ -64,7 +64,8 @@ def build_recipe(config: Config, method: Method, questions_per_step: int) -> Rec
         terms.append(Term("sft", DEMONSTRATIONS, hpt.sft_coefficient, sft, table.SFT.advantage))
         losses["sft"] = _policy_loss(table.SFT, scores)
     if hpt.entropy_coefficient > 0:
-        terms.append(Term("entropy", ROLLOUTS | DEMONSTRATIONS, hpt.entropy_coefficient, over_all, ones))
+        sources = ROLLOUTS | DEMONSTRATIONS if hpt.entropy_on_demonstrations else ROLLOUTS
+        terms.append(Term("entropy", sources, hpt.entropy_coefficient, over_all, ones))
         losses["entropy"] = lambda view, advantages: entropy_token_loss(view.entropy)
     return Recipe(
         threshold=threshold,

@@ -88,8 +88,8 @@ def _finish(ax: Any, title: str, ylabel: str, *, legend: bool = True) -> None:
 
 
 def _draw_reward(ax: Any, steps: Rows) -> None:
-    _line(ax, steps, "critic/score/mean", "reward of rollouts, mean", "tab:blue", scale=100)
-    _line(ax, steps, "hpt/gate_sft_frac", "questions sent to SFT by the gate", "tab:orange", scale=100)
+    _line(ax, steps, "critic/score/mean", "reward of rollouts, mean", "tab:blue", scale=100.0)
+    _line(ax, steps, "hpt/gate_sft_frac", "questions sent to SFT by the gate", "tab:orange", scale=100.0)
     ax.set_ylim(0, 102)
     _finish(ax, "Reward and SFT share on training questions", "%")
 

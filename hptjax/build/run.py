@@ -26,14 +26,15 @@ from hptjax.data import tokenizer as text
 from hptjax.masked import mean
 from hptjax.records import Objective
 from hptjax.rundir import open_run_folder, write_json
-from hptjax.sharding.agree import agree
+from hptjax.sharding.agree import agree, anyone
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import put_micro_batch
 from hptjax.train.checkpoint import CheckpointFailed, Checkpoints, open_checkpoints
 from hptjax.train.jsonl import open_jsonl, truncate_after
-from hptjax.train.loop import Cadence, Progress, Stage, Stopped, World, progress_from_host, run
+from hptjax.train.loop import Stopped, run
 from hptjax.train.open_step import OpenStep
 from hptjax.train.phases import Gated
+from hptjax.train.stage import Cadence, Progress, Stage, World, progress_from_host
 from hptjax.train.telemetry import (
     Telemetry,
     make_telemetry,
@@ -123,7 +124,7 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
                 log_rollouts=_rollout_log(parts, folder),
                 evaluate=parts.evaluator.during_training(folder, sum(stage.steps for stage in stages)),
                 save=save,
-                should_stop=lambda: agree(should_stop()),
+                should_stop=lambda: agree(should_stop(), anyone),
             )
             cadence = Cadence(
                 evaluate=config.train.eval_every,
@@ -164,9 +165,8 @@ def _start_or_resume(
     restored = checkpoints.restore_latest(template)
     if restored is None:
         return stages[0].start(params, None), Progress()
-    progress = progress_from_host(restored.host, restored.arrays, by_id)
-    stages[min(progress.stage, len(stages) - 1)].stream.set_state(restored.host["stream"])
-    return restored.state, progress
+    stages[min(restored.host["stage"], len(stages) - 1)].stream.set_state(restored.host["stream"])  # refuses other data
+    return restored.state, progress_from_host(restored.host, restored.arrays, by_id)
 
 
 def opening_line(parts: Parts, folder: Path, stages: Sequence[Stage], progress: Progress) -> str:

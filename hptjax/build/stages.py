@@ -21,9 +21,9 @@ from hptjax.hpt.assemble import Update, assemble
 from hptjax.records import Question, Sample, SampleId
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import put_micro_batch
-from hptjax.train.loop import Stage
 from hptjax.train.objective import make_losses
 from hptjax.train.optimizer import make_optimizer, make_schedule
+from hptjax.train.stage import Stage
 from hptjax.train.state import TrainState, init_state, jit_step, placed, state_shardings
 from hptjax.train.step import Losses, make_micro_step, make_named_gradients
 from hptjax.types import MicroBatch, Params

@@ -10,139 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import jax
-import numpy as np
 
 from hptjax.diagnostics.metrics import merge
 from hptjax.hpt.assemble import Update
-from hptjax.hpt.terms import target_length
-from hptjax.records import Question
 from hptjax.train.ledger import check, ledger_row
-from hptjax.train.open_step import OpenStep, from_json, to_json
-from hptjax.train.phases import (
-    Assemble,
-    Gated,
-    Judge,
-    MakeRequests,
-    SampleRollouts,
-    assemble_updates,
-    gate_step,
-    judge_rollouts,
-    roll_out,
-    rollout_metrics,
-    visit_metrics,
-)
+from hptjax.train.open_step import OpenStep
+from hptjax.train.phases import assemble_updates, gate_step, judge_rollouts, roll_out
+from hptjax.train.stage import Cadence, Progress, Stage, World, progress_to_host
 from hptjax.train.state import TrainState
-from hptjax.types import MicroBatch, Params
+from hptjax.train.step_metrics import merge_stats, rollout_metrics, update_metrics, visit_metrics
+from hptjax.types import MicroBatch
 
 
 class Stopped(Exception):
     """The run was asked to stop and has saved where it stands."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Stage:
-    """One stage of a run: a method as functions and values.
-
-    Args
-      steps: rollout batches. threshold: the gate's; -1 is pure RL, group_size pure SFT.
-      rolls_out: False where every question is gated whatever it solves, so nothing needs to be sampled.
-      updates_per_step: optimizer updates per rollout batch. score: set where the method needs the score pass; given
-        (params, micro_batch) it returns log-probs under those parameters, [B T].
-      start: parameters and lifetime totals -> the stage's first state, with fresh sums and optimizer.
-      micro_step: jitted and donated. learning_rate: optimizer step of this stage -> rate.
-      probe: objective gradient norms of an update, (params, micro_batches) -> metrics; None where never asked.
-      stream: next_batch, get_state, set_state; first_round is added to its rounds, so that no two stages share an id.
-    """
-
-    name: str
-    steps: int
-    stream: Any
-    first_round: int
-    threshold: int
-    group_size: int
-    rolls_out: bool
-    updates_per_step: int
-    mask_overlong: bool
-    nonfinite: str
-    start: Callable[[Mapping[str, Params], Any], TrainState]
-    micro_step: Callable[[TrainState, MicroBatch, Any], TrainState]
-    make_requests: MakeRequests
-    assemble: Assemble
-    learning_rate: Callable[[int], float]
-    score: Callable[[Params, MicroBatch], Any] | None = None
-    add_reference: Callable[[MicroBatch], MicroBatch] | None = None
-    probe: Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]] | None = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class World:
-    """What the loop asks of everything around it."""
-
-    questions: Mapping[int, Question]
-    sample: SampleRollouts
-    judge: Judge
-    put: Callable[[MicroBatch], MicroBatch]
-    read: Callable[[Any], Any]  # the one device-to-host read
-    flag: Callable[[bool], Any]  # a host bool as a device scalar
-    log_step: Callable[[int, dict[str, Any]], None]
-    log_ledger: Callable[[dict[str, Any]], None]
-    log_rollouts: Callable[[OpenStep, Gated], None]
-    evaluate: Callable[[int, Params], dict[str, Any]]
-    save: Callable[..., None]  # (step, state, host, arrays, *, metric, wait)
-    should_stop: Callable[[], bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cadence:
-    """How often things happen, in steps; 0 is never. `metric` names the validation figure that ranks checkpoints."""
-
-    evaluate: int
-    evaluate_also: frozenset[int]  # steps at which the evaluation is due as well
-    probe: int
-    save: int
-    metric: str
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands beside its device state; saved with it as JSON."""
-
-    stage: int = 0
-    step: int = 0  # steps done over all stages
-    stage_step: int = 0
-    stage_updates: int = 0  # optimizer steps before this stage
-    history: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    evaluated: int = -1  # last step whose evaluation is in the metrics
-    open_step: OpenStep | None = None
-    last_metric: float | None = None
-    counters: dict[str, float] = dataclasses.field(default_factory=dict)
-
-
-def progress_to_host(progress: Progress, stream_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """JSON values and host arrays that, with the device state, are the whole run."""
-    open_step = progress.open_step
-    host = {field.name: getattr(progress, field.name) for field in dataclasses.fields(Progress)}
-    host["open_step"] = None if open_step is None else to_json(open_step)
-    arrays = {}
-    if open_step is not None and open_step.scores is not None:
-        arrays = {f"scores_{index:06d}": scores for index, scores in enumerate(open_step.scores)}
-    return host | {"stream": stream_state}, arrays  # the position is in the stream of the stage
-
-
-def progress_from_host(
-    host: Mapping[str, Any], arrays: Mapping[str, np.ndarray], questions: Mapping[int, Question]
-) -> Progress:
-    """The inverse of `progress_to_host`, but for the stream's position."""
-    fields = {field.name: host[field.name] for field in dataclasses.fields(Progress)}
-    if host["open_step"] is not None:
-        scores = [arrays[name] for name in sorted(arrays) if name.startswith("scores_")] or None
-        fields["open_step"] = from_json(host["open_step"], questions, scores)
-    return Progress(**fields)
 
 
 def run(
@@ -248,14 +131,14 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
     if stage.score is not None:
         with _timed(seconds, "score"):
             batches = _score(stage, state, step, batches, world)
-    if stage.probe is not None and _due(cadence.probe, progress.stage_step) and step.update_index == 0:
+    if stage.probe is not None and _due(cadence.probe, progress.stage_step) and step.probe is None:
         with _timed(seconds, "probe"):
-            rows.append(stage.probe(state.params, batches[0]))
+            step.probe = stage.probe(state.params, batches[0])
     with _timed(seconds, "update"):
         state = _apply_updates(stage, state, progress, step, updates, batches, world)
     if stage.rolls_out:
         rows.append(visit_metrics(gated, step.questions, progress.history))
-    rows.append(_update_metrics(step, updates, seconds))
+    rows += [step.probe or {}, update_metrics(step, updates, seconds)]
     for entry in step.ledger_rows:
         world.log_ledger(entry)
     world.log_rollouts(step, gated)
@@ -312,49 +195,7 @@ def _apply_updates(
         stats = dict(report.stats)
         if step.update_index > 0:  # the weights have moved since the samples were drawn: no measure of the sampler
             stats = {name: stat for name, stat in stats.items() if not name.startswith("rollout/logp_diff")}
-        _merge_stats(step.stats, stats)
+        merge_stats(step.stats, stats)
         step.update_index += 1
         step.micro_index = 0
     return state
-
-
-def _merge_stats(totals: dict[str, list[float]], stats: Mapping[str, Any]) -> None:
-    """Adds sums and counts, and takes the larger peak, over the updates of a step."""
-    for name, stat in stats.items():
-        leaves = [float(leaf) for leaf in jax.tree.leaves(stat)]
-        before = totals.get(name)
-        if before is None:
-            totals[name] = leaves
-        elif len(leaves) == 1:
-            totals[name] = [max(before[0], leaves[0])]
-        else:
-            totals[name] = [before[0] + leaves[0], before[1] + leaves[1]]
-
-
-def _update_metrics(step: OpenStep, updates: Sequence[Update], seconds: Mapping[str, float]) -> dict[str, Any]:
-    """What the updates of a step say: losses, norms, the witness, times and throughput."""
-    row: dict[str, Any] = {
-        name: parts[0] if len(parts) == 1 else (parts[0], parts[1]) for name, parts in step.stats.items()
-    }
-    rows = step.ledger_rows
-    trained = sum(int(update.planned_tokens.sum()) for update in updates)
-    generated = sum(len(sample.completion_tokens) - sample.prefix_len for sample in step.samples.values())
-    prompts = {sample.sample_id.question: len(sample.prompt_tokens) for sample in step.samples.values()}
-    row |= {
-        "actor/grad_norm": max(norm for entry in rows for norm in entry["grad_norm"].values()),
-        "actor/lr": rows[-1]["learning_rate"],
-        "actor/skipped_updates": sum(entry["status"] != "updated" for entry in rows),
-        "witness/ok": int(all(entry["witness_ok"] for entry in rows)),
-        "train/optimizer_step": rows[-1]["optimizer_step"],
-        "train/updates": len(rows),
-        "perf/trained_tokens": trained,
-        "perf/generated_tokens": generated,
-        "perf/packed_tokens": sum(target_length(sample) for update in updates for sample in update.samples),
-        "perf/prefilled_tokens": sum(prompts.values()),
-        "perf/time_per_step": sum(seconds.values()),
-        "perf/throughput": (trained + generated, sum(seconds.values()) * jax.device_count()),
-        "perf/update_tokens_per_s": (trained, seconds["update"]),
-    }
-    if "rollout" in seconds:
-        row["perf/rollout_tokens_per_s"] = (generated, seconds["rollout"])
-    return row | {f"timing_s/{name}": value for name, value in seconds.items()}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -92,62 +91,3 @@ def assemble_updates(gated: Gated, *, updates: int, mask_overlong: bool, assembl
         chosen = frozenset(part)
         packed.append(assemble([sample for sample in gated.live if sample.sample_id.question in chosen], dead))
     return packed
-
-
-def rollout_metrics(step: OpenStep, gated: Gated, updates: Sequence[Update], *, group_size: int) -> dict[str, Any]:
-    """What the host knows of a step before its updates: rewards, lengths, the gate, the packing.
-
-    Values are as `diagnostics.metrics` declares their reduction: (total, count) pairs, counts per bin, or numbers.
-    """
-    rollouts = list(step.samples.values())
-    demonstrations = sum(1 for sample in gated.live if sample.sample_id not in step.samples)
-    batches = sum(len(update.micro_batches) for update in updates)
-    row: dict[str, Any] = {
-        "hpt/gate_sft_frac": (sum(o == Objective.SFT for o in gated.objectives), len(step.questions)),
-        "on_off_metrics/off_example_ratio": (demonstrations, len(gated.live)),
-        "batch/live_rows": sum(len(update.samples) for update in updates),
-        "batch/rollouts": len(rollouts),
-        "batch/micro_batches": batches,
-        "batch/fill": (sum(update.fill * len(update.micro_batches) for update in updates), batches),
-    }
-    if not rollouts:
-        return row
-    rewards = np.asarray([sample.reward for sample in rollouts], np.float64)
-    lengths = np.asarray([len(sample.completion_tokens) for sample in rollouts], np.float64)
-    groups = group_rollouts(rollouts).values()
-    reasons = [verdict.reason for verdicts in step.verdicts.values() for verdict in verdicts]
-    return row | {
-        "critic/score/mean": (rewards.sum(), rewards.size),
-        "critic/score/max": rewards.max(),
-        "critic/score/min": rewards.min(),
-        "batch/solve_none": np.sum(gated.solved == 0),
-        "batch/solve_all": np.sum(gated.solved == group_size),
-        "batch/solved": np.sum(gated.solved > 0),
-        "group/zero_std_frac": (sum(len({sample.reward for sample in group}) == 1 for group in groups), len(groups)),
-        "response_length/mean": (lengths.sum(), lengths.size),
-        "response_length/max": lengths.max(),
-        "response_length/min": lengths.min(),
-        "response_length/clip_ratio": (
-            sum(sample.finish_reason == FinishReason.LENGTH for sample in rollouts),
-            len(rollouts),
-        ),
-        "verifier/timeouts": sum(reason == "timeout" for reason in reasons),
-        "verifier/failures": sum(reason == "crashed" or reason.startswith("raised") for reason in reasons),
-        "hpt/rate_hist": np.bincount(np.asarray(gated.solved, np.int64), minlength=group_size + 1).tolist(),
-    }
-
-
-def visit_metrics(gated: Gated, questions: Sequence[Question], history: dict[str, list[int]]) -> dict[str, int]:
-    """Questions whose gate decision changed since their last visit, and those that left rate 0; updates `history`.
-
-    Args
-      history: question id (text, for JSON) -> [objective, solved] of its last visit.
-    """
-    flips = first_solved = 0
-    for question, objective, solved in zip(questions, gated.objectives, gated.solved, strict=True):
-        last = history.get(str(question.question_id))
-        if last is not None:
-            flips += int(last[0] != int(objective))
-            first_solved += int(last[1] == 0 and solved > 0)
-        history[str(question.question_id)] = [int(objective), int(solved)]
-    return {"hpt/flips": flips, "hpt/first_solved": first_solved}

@@ -1,0 +1,116 @@
+"""What a run is made of beside its state: stages, the world around them, how often things happen, and how far it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hptjax.records import Question
+from hptjax.train.open_step import OpenStep, from_json, to_json
+from hptjax.train.phases import Assemble, Gated, Judge, MakeRequests, SampleRollouts
+from hptjax.train.state import TrainState
+from hptjax.types import MicroBatch, Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """One stage of a run: a method as functions and values.
+
+    Args
+      steps: rollout batches. threshold: the gate's; -1 is pure RL, group_size pure SFT.
+      rolls_out: False where every question is gated whatever it solves, so nothing needs to be sampled.
+      updates_per_step: optimizer updates per rollout batch. score: set where the method needs the score pass; given
+        (params, micro_batch) it returns log-probs under those parameters, [B T].
+      start: parameters and lifetime totals -> the stage's first state, with fresh sums and optimizer.
+      micro_step: jitted and donated. learning_rate: optimizer step of this stage -> rate.
+      probe: objective gradient norms of an update, (params, micro_batches) -> metrics; None where never asked.
+      stream: next_batch, get_state, set_state; first_round is added to its rounds, so that no two stages share an id.
+    """
+
+    name: str
+    steps: int
+    stream: Any
+    first_round: int
+    threshold: int
+    group_size: int
+    rolls_out: bool
+    updates_per_step: int
+    mask_overlong: bool
+    nonfinite: str
+    start: Callable[[Mapping[str, Params], Any], TrainState]
+    micro_step: Callable[[TrainState, MicroBatch, Any], TrainState]
+    make_requests: MakeRequests
+    assemble: Assemble
+    learning_rate: Callable[[int], float]
+    score: Callable[[Params, MicroBatch], Any] | None = None
+    add_reference: Callable[[MicroBatch], MicroBatch] | None = None
+    probe: Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class World:
+    """What the loop asks of everything around it."""
+
+    questions: Mapping[int, Question]
+    sample: SampleRollouts
+    judge: Judge
+    put: Callable[[MicroBatch], MicroBatch]
+    read: Callable[[Any], Any]  # the one device-to-host read
+    flag: Callable[[bool], Any]  # a host bool as a device scalar
+    log_step: Callable[[int, dict[str, Any]], None]
+    log_ledger: Callable[[dict[str, Any]], None]
+    log_rollouts: Callable[[OpenStep, Gated], None]
+    evaluate: Callable[[int, Params], dict[str, Any]]
+    save: Callable[..., None]  # (step, state, host, arrays, *, metric, wait)
+    should_stop: Callable[[], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+    """How often things happen, in steps; 0 is never. `metric` names the validation figure that ranks checkpoints."""
+
+    evaluate: int
+    evaluate_also: frozenset[int]  # steps at which the evaluation is due as well
+    probe: int
+    save: int
+    metric: str
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands beside its device state; saved with it as JSON."""
+
+    stage: int = 0
+    step: int = 0  # steps done over all stages
+    stage_step: int = 0
+    stage_updates: int = 0  # optimizer steps before this stage
+    history: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    evaluated: int = -1  # last step whose evaluation is in the metrics
+    open_step: OpenStep | None = None
+    last_metric: float | None = None
+    counters: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def progress_to_host(progress: Progress, stream_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """JSON values and host arrays that, with the device state, are the whole run."""
+    open_step = progress.open_step
+    host = {field.name: getattr(progress, field.name) for field in dataclasses.fields(Progress)}
+    host["open_step"] = None if open_step is None else to_json(open_step)
+    arrays = {}
+    if open_step is not None and open_step.scores is not None:
+        arrays = {f"scores_{index:06d}": scores for index, scores in enumerate(open_step.scores)}
+    return host | {"stream": stream_state}, arrays  # the position is in the stream of the stage
+
+
+def progress_from_host(
+    host: Mapping[str, Any], arrays: Mapping[str, np.ndarray], questions: Mapping[int, Question]
+) -> Progress:
+    """The inverse of `progress_to_host`, but for the stream's position."""
+    fields = {field.name: host[field.name] for field in dataclasses.fields(Progress)}
+    if host["open_step"] is not None:
+        scores = [arrays[name] for name in sorted(arrays) if name.startswith("scores_")] or None
+        fields["open_step"] = from_json(host["open_step"], questions, scores)
+    return Progress(**fields)

@@ -1,0 +1,117 @@
+"""What a step says of itself, as values that `diagnostics.metrics` knows how to reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hptjax.hpt.assemble import Update
+from hptjax.hpt.gate import group_rollouts
+from hptjax.hpt.terms import target_length
+from hptjax.records import FinishReason, Objective, Question
+from hptjax.train.open_step import OpenStep
+from hptjax.train.phases import Gated
+
+
+def rollout_metrics(step: OpenStep, gated: Gated, updates: Sequence[Update], *, group_size: int) -> dict[str, Any]:
+    """What the host knows of a step before its updates: rewards, lengths, the gate, the packing.
+
+    Values are as `diagnostics.metrics` declares their reduction: (total, count) pairs, counts per bin, or numbers.
+    """
+    rollouts = list(step.samples.values())
+    demonstrations = sum(1 for sample in gated.live if sample.sample_id not in step.samples)
+    batches = sum(len(update.micro_batches) for update in updates)
+    row: dict[str, Any] = {
+        "hpt/gate_sft_frac": (sum(o == Objective.SFT for o in gated.objectives), len(step.questions)),
+        "on_off_metrics/off_example_ratio": (demonstrations, len(gated.live)),
+        "batch/live_rows": sum(len(update.samples) for update in updates),
+        "batch/rollouts": len(rollouts),
+        "batch/micro_batches": batches,
+        "batch/fill": (sum(update.fill * len(update.micro_batches) for update in updates), batches),
+    }
+    if not rollouts:
+        return row
+    rewards = np.asarray([sample.reward for sample in rollouts], np.float64)
+    lengths = np.asarray([len(sample.completion_tokens) for sample in rollouts], np.float64)
+    groups = group_rollouts(rollouts).values()
+    reasons = [verdict.reason for verdicts in step.verdicts.values() for verdict in verdicts]
+    return row | {
+        "critic/score/mean": (rewards.sum(), rewards.size),
+        "critic/score/max": rewards.max(),
+        "critic/score/min": rewards.min(),
+        "batch/solve_none": np.sum(gated.solved == 0),
+        "batch/solve_all": np.sum(gated.solved == group_size),
+        "batch/solved": np.sum(gated.solved > 0),
+        "group/zero_std_frac": (sum(len({sample.reward for sample in group}) == 1 for group in groups), len(groups)),
+        "response_length/mean": (lengths.sum(), lengths.size),
+        "response_length/max": lengths.max(),
+        "response_length/min": lengths.min(),
+        "response_length/clip_ratio": (
+            sum(sample.finish_reason == FinishReason.LENGTH for sample in rollouts),
+            len(rollouts),
+        ),
+        "verifier/timeouts": sum(reason == "timeout" for reason in reasons),
+        "verifier/failures": sum(reason == "crashed" or reason.startswith("raised") for reason in reasons),
+        "hpt/rate_hist": np.bincount(np.asarray(gated.solved, np.int64), minlength=group_size + 1).tolist(),
+    }
+
+
+def visit_metrics(gated: Gated, questions: Sequence[Question], history: dict[str, list[int]]) -> dict[str, int]:
+    """Questions whose gate decision changed since their last visit, and those that left rate 0; updates `history`.
+
+    Args
+      history: question id (text, for JSON) -> [objective, solved] of its last visit.
+    """
+    flips = first_solved = 0
+    for question, objective, solved in zip(questions, gated.objectives, gated.solved, strict=True):
+        last = history.get(str(question.question_id))
+        if last is not None:
+            flips += int(last[0] != int(objective))
+            first_solved += int(last[1] == 0 and solved > 0)
+        history[str(question.question_id)] = [int(objective), int(solved)]
+    return {"hpt/flips": flips, "hpt/first_solved": first_solved}
+
+
+def merge_stats(totals: dict[str, list[float]], stats: Mapping[str, Any]) -> None:
+    """Adds sums and counts, and takes the larger peak, over the updates of a step."""
+    for name, stat in stats.items():
+        leaves = [float(leaf) for leaf in jax.tree.leaves(stat)]
+        before = totals.get(name)
+        if before is None:
+            totals[name] = leaves
+        elif len(leaves) == 1:
+            totals[name] = [max(before[0], leaves[0])]
+        else:
+            totals[name] = [before[0] + leaves[0], before[1] + leaves[1]]
+
+
+def update_metrics(step: OpenStep, updates: Sequence[Update], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """What the updates of a step say: losses, norms, the witness, times and throughput."""
+    row: dict[str, Any] = {
+        name: parts[0] if len(parts) == 1 else (parts[0], parts[1]) for name, parts in step.stats.items()
+    }
+    rows = step.ledger_rows
+    trained = sum(int(update.planned_tokens.sum()) for update in updates)
+    generated = sum(len(sample.completion_tokens) - sample.prefix_len for sample in step.samples.values())
+    prompts = {sample.sample_id.question: len(sample.prompt_tokens) for sample in step.samples.values()}
+    row |= {
+        "actor/grad_norm": max(norm for entry in rows for norm in entry["grad_norm"].values()),
+        "actor/lr": rows[-1]["learning_rate"],
+        "actor/skipped_updates": sum(entry["status"] != "updated" for entry in rows),
+        "witness/ok": int(all(entry["witness_ok"] for entry in rows)),
+        "train/optimizer_step": rows[-1]["optimizer_step"],
+        "train/updates": len(rows),
+        "perf/trained_tokens": trained,
+        "perf/generated_tokens": generated,
+        "perf/packed_tokens": sum(target_length(sample) for update in updates for sample in update.samples),
+        "perf/prefilled_tokens": sum(prompts.values()),
+        "perf/time_per_step": sum(seconds.values()),
+        "perf/throughput": (trained + generated, sum(seconds.values()) * jax.device_count()),
+        "perf/update_tokens_per_s": (trained, seconds["update"]),
+    }
+    if "rollout" in seconds:
+        row["perf/rollout_tokens_per_s"] = (generated, seconds["rollout"])
+    return row | {f"timing_s/{name}": value for name, value in seconds.items()}
