@@ -198,7 +198,7 @@ def test_bad_checkpoint_truncated_of_another_model_or_all_unreadable(tmp_path, c
 
 
 def test_bad_disk_full_at_a_checkpoint_keeps_the_last_good_one_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    """What orbax leaves on a disk that is really full is a test of the checkpoints; this is what the run makes of it."""
+    """What a disk that is really full leaves behind is a test of the checkpoints; this is what the run makes of it."""
     save = ocp.CheckpointManager.save
     full = iter([False, True, True, False, True, True])  # each save is tried twice
     kept: list[list[int]] = []

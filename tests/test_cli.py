@@ -252,3 +252,12 @@ def test_doctor_names_what_is_lacking(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGES", ("jax", "absent-package"))
     assert doctor.packages_finding().status == "lacks"
     assert doctor.report([doctor.packages_finding()]).endswith("lacks: packages")
+
+
+def test_cli_reader_that_has_seen_enough_is_no_error():
+    """`hptjax train --help | head -1`."""
+    command = [sys.executable, "-m", "hptjax.cli", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline().startswith(b"usage: hptjax train")
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,13 +48,26 @@ def close_failed(manager: ocp.CheckpointManager) -> None:
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Orbax logs long tracebacks of failures that reach the caller as an exception anyway; not inside this."""
+    """Orbax shows long tracebacks of failures that reach the caller as an exception anyway; not inside this."""
     logger = logging.getLogger("absl")
     logger.addFilter(not_an_orbax_error)
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any) -> None:
+        if not is_late_answer(unraisable.exc_value):
+            show(unraisable)
+
+    sys.unraisablehook = show_others
     try:
         yield
     finally:
+        sys.unraisablehook = show
         logger.removeFilter(not_an_orbax_error)
+
+
+def is_late_answer(error: BaseException | None) -> bool:
+    """Whether an error is that of a write whose save has failed already and has closed its event loop."""
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def not_an_orbax_error(record: logging.LogRecord) -> bool:

@@ -1,0 +1,68 @@
+"""What the repository ships: configs that check, a base model in the real format, and data that never meet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from hptjax.build.data import build_examples, build_task
+from hptjax.config_load import load_config
+from hptjax.data.tokenizer import decode, encode_demonstration, encode_prompt, load_tokenizer
+from hptjax.models.folder import load_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def canonical(path):
+    """Split name -> the canonical instances of a shipped config."""
+    config = load_config(path)
+    return {
+        name: {example.canonical for example in examples}
+        for name, examples in build_examples(config, build_task(config.task)).items()
+    }
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    """Shipped configs name folders from the repository's root."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_check(path, in_root):
+    config = load_config(path)
+    assert config.name == path.stem
+    assert "test" not in config.checkpoint.metric
+
+
+def test_shipped_base_corpus_meets_no_question_of_a_later_run(in_root):
+    corpus = canonical(ROOT / "configs" / "base_model.toml")["train"]
+    assert len(corpus) > 5000
+    for name in ("quickstart", "countdown"):
+        later = canonical(ROOT / "configs" / f"{name}.toml")
+        assert not corpus & (later["train"] | later["validation"] | later["test"])
+        assert not later["train"] & (later["validation"] | later["test"])
+        assert not later["validation"] & later["test"]
+        assert len(later["test"]) >= 500
+
+
+def test_shipped_base_model_is_a_small_hugging_face_folder(in_root):
+    folder = ROOT / "hptjax" / "base_model"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 4 * 2**20
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert kinds == {"BF16"}
+    assert "model_type" in json.loads((folder / "config.json").read_text())
+    config, params = load_folder(folder)
+    tokenizer = load_tokenizer(folder)
+    assert len(tokenizer) <= config.vocab_size
+    assert np.all(np.isfinite(params["embedding"]))
+    assert params["embedding"].std() > 0.03  # trained, not as it was made (0.02)
+    text = "19-8=11,11*3=33"
+    assert decode(tokenizer, encode_demonstration(tokenizer, text)) == text
+    assert encode_prompt(tokenizer, "3,8,19=33:")[0] == tokenizer.bos_token_id
