@@ -179,6 +179,7 @@ def read_off(
         figures[axis] = {
             arm: {
                 "steps": within[arm],
+                "ended_before": [_ended_before(folders[arm, seed], folders[arms[0], seed], axis) for seed in seeds],
                 **{f"pass@{k}": _figure(values[arm, k], values[arms[0], k], samples) for k in ks},
             }
             for arm in arms
@@ -206,6 +207,12 @@ def _within_budget(folder: Path, first: Path, axis: str) -> float:
     budget = float(getattr(read_spent(first), axis)[-1])
     spent = getattr(read_spent(folder), axis)
     return float(np.interp(budget, spent, np.arange(spent.size)))
+
+
+def _ended_before(folder: Path, first: Path, axis: str) -> bool:
+    """Whether a run ended with less than the first arm's budget spent; it is then read at its end."""
+    spent, budget = (getattr(read_spent(path), axis)[-1] for path in (folder, first))
+    return bool(spent < budget * (1 - 1e-9))
 
 
 def _values_at(folder: Path, step: float, k: int) -> np.ndarray:
@@ -260,9 +267,13 @@ def as_table(report: dict[str, Any], ks: Sequence[int]) -> str:
                 )
                 for name in names
             ]
-            lines.append(
-                f"| {axis} | {arm} | {', '.join(f'{step:.0f}' for step in row['steps'])} | {' | '.join(cells)} |"
-            )
+            steps = [
+                f"{step:.0f}{'*' if short else ''}"
+                for step, short in zip(row["steps"], row["ended_before"], strict=True)
+            ]
+            lines.append(f"| {axis} | {arm} | {', '.join(steps)} | {' | '.join(cells)} |")
+    if any(any(row["ended_before"]) for arms in report["figures"].values() for row in arms.values()):
+        lines.append("\n`*` the run ended before it had spent this budget and is read at its end.")
     return "\n".join(lines)
 
 
