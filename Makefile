@@ -1,5 +1,5 @@
 # make quickstart   makes .venv, installs the pinned dependencies, trains, prints a table and where the plots are
-# make test         makes .venv if absent, runs the tests
+# make test         makes .venv if absent, runs the tests, two files at a time
 # make test-full    the slow tests too
 # make base-model   trains the base model that the repository ships
 # make lint         ruff and mypy
@@ -25,7 +25,7 @@ quickstart: $(STAMP)
 	$(BIN)/hptjax train configs/quickstart.toml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-full: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not gpu and not tpu"

@@ -1,9 +1,10 @@
 """Several methods from the same base model under the same budget: one table, one plot, whatever comes out.
 
 Budgets come from the first arm's own run: its updates, its tokens (generated + trained) and its FLOPs. Every other arm
-runs until it has spent all three, and is read off three times, where it had spent each budget (on the straight line
-between the two nearest evaluations): equal updates favour arms that generate much per update, equal FLOPs favour SFT.
-Nothing is chosen on test questions.
+is read off three times, where it had spent each budget (on the straight line between the two nearest evaluations), or
+at its end where it never did: `sft` is made long enough for all three, `sft_then_rl` has half as many SFT steps before
+the first arm's number of RL steps, `grpo` has the first arm's number of steps. Equal updates favour arms that generate
+much per update, equal FLOPs favour SFT. Nothing is chosen on test questions.
 
 FLOPs are 2 N per token generated or prefilled and 6 N per position trained, N the parameters a token meets.
 Source `spec/diagnostics.md` 12.3.
@@ -23,6 +24,7 @@ import numpy as np
 from hptjax import build
 from hptjax.build.evaluation import read_counts
 from hptjax.config import Config, Method, StageConfig
+from hptjax.config_batch import stage_list
 from hptjax.config_check import check
 from hptjax.diagnostics.intervals import Estimate, estimate_mean, two_level_difference
 from hptjax.diagnostics.passk import pass_at_k
@@ -84,13 +86,7 @@ def compare(config: Config, *, arms: Sequence[str], seeds: int) -> dict[str, Any
 
 
 def _length(config: Config) -> str:
-    return " then ".join(
-        f"{steps} steps of {method}"
-        for method, steps in [
-            *((stage.method, stage.steps) for stage in config.stages),
-            (config.method, config.train.steps),
-        ]
-    )
+    return " then ".join(f"{stage.steps} steps of {stage.method}" for stage in stage_list(config))
 
 
 def _arm_config(config: Config, arm: str, seed: int, root: Path, name: str, budget: dict[str, float] | None) -> Config:

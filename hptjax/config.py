@@ -31,7 +31,9 @@ class StageConfig:
 class RewardFunction:
     """A reward by name, with its weight in the sum."""
 
-    name: str  # "verify" is the task's own verifier
+    name: (
+        str  # "verify" is the task's verifier, "well_formed" looks at the form alone; the first named decides "solved"
+    )
     weight: float = 1.0  # rewards add as weight x value
 
 
@@ -99,9 +101,9 @@ class DataConfig:
     """Seeded splits, disjoint by canonical instance."""
 
     train_split: Literal["train", "base"] = "train"  # "base": this run makes the base model
-    train_questions: int = 4096  # at most so many are kept of each split
+    train_questions: int = 4096  # at most so many are kept of this split; likewise below
     validation_questions: int = 512  # choose the best checkpoint
-    test_questions: int = 1024  # only for the final figures
+    test_questions: int = 1024  # for figures only; they choose nothing
     fractions: FractionsConfig = dataclasses.field(default_factory=FractionsConfig)
     split_seed: int = 0  # of the splits
     questions_per_step: int = 64  # P
@@ -189,7 +191,7 @@ class TrainConfig:
     eval_every: int = 20  # steps; 0: only at the start and the end
     probe_every: int = 10  # steps between gradient-norm probes per objective; 0: never
     rollouts_every: int = 10  # steps between rollout files; 0: never
-    panel_questions: int = 8  # a fixed panel of questions followed over time
+    panel_questions: int = 8  # the first validation questions, followed over time in panel.jsonl
     log_every: int = 1  # steps between lines on the screen
 
 
@@ -270,16 +272,24 @@ def resolved(config: Config) -> dict[str, Any]:
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The fields that differ between two resolved configs, as `"train.steps: 50 -> 60"`; sorted.
 
-    Fields that may change within a run folder (`MAY_CHANGE`) are left out. `train.steps` is not among them: the
-    schedules and the summary are made for a fixed number of steps.
+    Fields that may change within a run folder (`MAY_CHANGE`) are left out, and so is a `train.steps` that grew where
+    no schedule depends on it (`_only_longer`).
     """
     before, after = flatten(old), flatten(new)
     names = sorted(before.keys() | after.keys())
     return [
         f"{name}: {json.dumps(before.get(name))} -> {json.dumps(after.get(name))}"
         for name in names
-        if not name.startswith(MAY_CHANGE) and before.get(name) != after.get(name)
+        if not name.startswith(MAY_CHANGE)
+        and before.get(name) != after.get(name)
+        and not _only_longer(name, before, after)
     ]
+
+
+def _only_longer(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether a change asks for more steps of the same run: the steps so far are then those of the longer run, too."""
+    fixed = after.get("optimizer.schedule") == "constant" or after.get("optimizer.decay_steps") is not None
+    return name == "train.steps" and fixed and before.get(name, 0) < after[name]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

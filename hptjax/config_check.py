@@ -6,6 +6,7 @@ import math
 import re
 
 from hptjax.config import Config, flatten, resolved
+from hptjax.config_batch import micro_batches_needed, samples_per_update, steps_of
 
 AT_LEAST_ONE = (
     "task.instances data.train_questions data.validation_questions data.test_questions data.questions_per_step "
@@ -46,23 +47,6 @@ def check(config: Config) -> None:
     _check_optimizer(config)
     _check_evaluation(config)
     _check_mesh(config)
-
-
-def samples_per_update(config: Config, *, method: str, questions: int) -> int:
-    """The most samples an update of `method` can hold: a demonstration or a whole group per question."""
-    per_question = 1 if method == "sft" else config.rollout.group_size
-    return questions // config.train.updates_per_rollout_batch * per_question
-
-
-def micro_batches_needed(config: Config, *, samples: int) -> int:
-    """Micro-batches that hold `samples` samples of the greatest length, packed by any rule that fills open rows.
-
-    A row that refuses a sample of at most `longest` tokens already holds `row_tokens // longest` samples (or
-    `max_segments`), so ceil(samples / that) rows are enough whatever the lengths are.
-    """
-    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
-    per_row = min(config.batch.max_segments, config.batch.row_tokens // longest)
-    return math.ceil(math.ceil(samples / per_row) / config.batch.rows)
 
 
 def _refuse(expected: str, got: str, change: str) -> None:
@@ -130,12 +114,6 @@ def _check_task_and_data(config: Config) -> None:
             "at least as many training questions as one step takes, or no batch can be filled",
             f"data.train_questions {data.train_questions} for {largest} per step",
             "data.train_questions or data.questions_per_step",
-        )
-    if config.train.panel_questions > data.train_questions:
-        _refuse(
-            "a panel no larger than the training questions",
-            f"train.panel_questions {config.train.panel_questions} of {data.train_questions}",
-            "train.panel_questions",
         )
 
 
@@ -229,15 +207,6 @@ def _check_batch(config: Config) -> None:
             )
 
 
-def steps_of(config: Config) -> list[tuple[str, str, int]]:
-    """(where it is set, method, questions per step) of every stage, the last one included."""
-    questions = config.data.questions_per_step
-    stages = [
-        (f"stages.{i}", stage.method, stage.questions_per_step or questions) for i, stage in enumerate(config.stages)
-    ]
-    return [*stages, ("the last stage", config.method, questions)]
-
-
 def _check_stages(config: Config) -> None:
     for i, stage in enumerate(config.stages):
         if stage.steps < 1:
@@ -275,6 +244,12 @@ def _check_evaluation(config: Config) -> None:
             f"eval.questions of at most data.validation_questions ({data.validation_questions})",
             f"{evaluation.questions}",
             "eval.questions or data.validation_questions",
+        )
+    if config.train.panel_questions > evaluation.questions:
+        _refuse(
+            "a panel no larger than the validation questions of an evaluation (eval.questions)",
+            f"train.panel_questions {config.train.panel_questions} of {evaluation.questions}",
+            "train.panel_questions or eval.questions",
         )
     if evaluation.train_questions > data.train_questions:
         _refuse(

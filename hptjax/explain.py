@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from hptjax.config import Config, ShapeConfig
-from hptjax.config_check import micro_batches_needed, samples_per_update, steps_of
+from hptjax.config_batch import micro_batches_needed, samples_per_update, stage_list, steps_of
 from hptjax.masked import inverse_count
 
 FP32_BYTES, BF16_BYTES = 4, 2
@@ -31,15 +31,11 @@ def stage_lines(config: Config) -> list[str]:
     """One line per stage, in order."""
     lines = []
     updates = config.train.updates_per_rollout_batch
-    stages = [
-        *((stage.method, stage.steps, stage.learning_rate) for stage in config.stages),
-        (config.method, config.train.steps, None),
-    ]
-    for i, ((method, steps, rate), (_, _, questions)) in enumerate(zip(stages, steps_of(config), strict=True)):
-        passes = inverse_count(config.data.train_questions) * steps * questions
+    for i, (stage, (_, _, questions)) in enumerate(zip(stage_list(config), steps_of(config), strict=True)):
+        passes = inverse_count(config.data.train_questions) * stage.steps * questions
         lines.append(
-            f"{i + 1}. {method}: {steps} steps x {questions} questions, {steps * updates} updates, "
-            f"learning rate {rate or config.optimizer.learning_rate:g}, "
+            f"{i + 1}. {stage.method}: {stage.steps} steps x {questions} questions, {stage.steps * updates} updates, "
+            f"learning rate {stage.learning_rate or config.optimizer.learning_rate:g}, "
             f"{passes:.2f} passes over the training questions"
         )
     return lines
@@ -146,6 +142,7 @@ def memory_lines(config: Config, shape: ShapeConfig, vocab_size: int) -> list[st
     )
     rows = [
         ("parameters, fp32", parameters * FP32_BYTES),
+        ("parameters at the start (KL reference)", parameters * FP32_BYTES),
         ("optimizer (two moments), fp32", 2 * parameters * FP32_BYTES),
         ("accumulator, fp32", parameters * FP32_BYTES),
         ("gradient of a micro-batch, fp32", parameters * FP32_BYTES),
@@ -153,8 +150,6 @@ def memory_lines(config: Config, shape: ShapeConfig, vocab_size: int) -> list[st
         ("logits of a chunk, fp32", config.model.logprob_chunk_tokens * vocab_size * FP32_BYTES),
         ("activations of a micro-batch (about)", positions * shape.num_layers * kept_per_layer * compute_bytes),
     ]
-    if config.hpt.kl_coefficient:
-        rows.insert(1, ("reference model, fp32", parameters * FP32_BYTES))
     total = sum(size for _, size in rows)
     lines = [f"{name:<38}{human_bytes(size):>12}" for name, size in [*rows, ("together", total)]]
     devices = config.mesh.data * config.mesh.tensor

@@ -1,10 +1,13 @@
-"""The host-side records that cross a package border. Nothing here imports jax, so a verifier's worker stays small."""
+"""The host-side records that cross a package border, and the functions between them.
+
+Nothing here imports jax, so that a verifier's worker stays small.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,3 +139,13 @@ class Verdict:
     reward: float
     solved: bool
     reason: str
+
+
+RewardFunction = Callable[[str, Mapping[str, Any]], Verdict]
+"""Judges one completion against the answer of its example; at a module's top level: a worker imports it by name."""
+
+MakeRequests = Callable[[Sequence[Question], int], list[Request]]
+"""Questions and the round of their visit -> the requests of their groups."""
+
+Judge = Callable[[Sequence[Sample], Mapping[int, Question]], list[tuple[Sample, list[Verdict]]]]
+"""Samples and their questions by id -> the samples with reward and solved, each with its verdicts."""

@@ -6,6 +6,8 @@ runs/<name>/versions.json  one entry per distinct environment that the run was s
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -13,6 +15,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from hptjax.config import Config, changed_fields, resolved
@@ -22,6 +25,28 @@ PACKAGES = (
     "tensorboardX jaxtyping matplotlib libtpu"
 ).split()
 SHOWN_CHANGES = 12
+LOCK_FILE = "lock"
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path) -> Iterator[None]:
+    """Inside the block no other process can hold this run folder; a process that ends, in any way, lets go of it.
+
+    Raises ValueError where another process holds it. Where files cannot be locked, nothing is held.
+    """
+    with contextlib.ExitStack() as files:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = files.enter_context((folder / LOCK_FILE).open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"expected run folder '{folder}' to be free, got one that another process is training in; wait for it, "
+                "stop it, or give the run another name (--name)."
+            ) from None
+        except OSError:  # a file system without locks, or a folder that cannot be made: the first write says so
+            pass
+        yield
 
 
 def open_run_folder(config: Config) -> pathlib.Path:
@@ -29,11 +54,16 @@ def open_run_folder(config: Config) -> pathlib.Path:
 
     Raises
       ValueError: the folder belongs to a run with another config (the message names the fields that differ), or its
-        config.json cannot be read.
+        config.json is lost or cannot be read.
     """
     folder = run_folder(config)
     record = folder / "config.json"
-    if record.exists() and has_begun(folder):
+    if has_begun(folder):
+        if not record.exists():
+            raise ValueError(
+                f"expected the config of the run that has begun in '{folder}', got no config.json; put it back, give "
+                "the run another name (--name), or remove the folder."
+            )
         recorded = read_json(record)
         refuse_changes(recorded, config, folder)
         if recorded == resolved(config):
@@ -49,9 +79,10 @@ def open_run_folder(config: Config) -> pathlib.Path:
 
 
 def has_begun(folder: pathlib.Path) -> bool:
-    """Whether the run has measured anything: a start that failed before that binds nobody to its config."""
+    """Whether the run has measured or saved anything: a start that failed before that binds nobody to its config."""
     metrics = folder / "metrics.jsonl"
-    return metrics.exists() and metrics.stat().st_size > 0
+    measured = metrics.exists() and metrics.stat().st_size > 0
+    return measured or any(path.name.isdigit() for path in folder.glob("checkpoints/*"))
 
 
 def run_folder(config: Config) -> pathlib.Path:

@@ -22,6 +22,7 @@ from hptjax.config_text import inline_table
 from hptjax.models import decoder
 from hptjax.models.folder import save_folder
 from hptjax.models.shape import DecoderConfig
+from hptjax.rundir import held, run_folder
 from hptjax.sharding.host import to_host
 from hptjax.train.jsonl import read_rows
 from tests import bad_verifiers, tiny
@@ -138,6 +139,36 @@ def test_bad_verifier_costs_the_reward_and_is_counted_and_the_run_goes_on(tmp_pa
     assert row["witness/ok"] == 1
     assert summary["steps"] == 1
     assert capsys.readouterr().err.count("warning: training on truncated sampling (rollout.top_k 12") == 1
+
+
+def test_bad_second_process_in_a_run_folder_is_refused_before_it_writes(tmp_path):
+    config = short(tmp_path)
+    folder = run_folder(config)
+    with held(folder), pytest.raises(ValueError, match="another process is training"):
+        train(config, quiet=True)
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_bad_run_folder_that_lost_files_is_refused_and_nothing_of_it_changes(tmp_path):
+    """Its record of the config, or rows of its metrics or ledger: going on would mix two runs, or sum up half a one."""
+    config = short(tmp_path)
+    folder = Path(tiny.train(config)["folder"])
+    (folder / "summary.json").unlink()
+    kept = {name: (folder / name).read_bytes() for name in ("config.json", "metrics.jsonl", "ledger.jsonl")}
+    (folder / "config.json").unlink()
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"got no config\.json"):
+        tiny.train(changed(config, optimizer__learning_rate=5.0))
+    (folder / "config.json").write_bytes(kept["config.json"])
+    with pytest.raises(ValueError, match=r"metrics\.jsonl to hold every step up to 2, .* got no step 0"):
+        tiny.train(config)
+    (folder / "metrics.jsonl").write_bytes(kept["metrics.jsonl"])
+    (folder / "ledger.jsonl").write_bytes(kept["ledger.jsonl"].splitlines(keepends=True)[0])
+    with pytest.raises(ValueError, match=r"ledger\.jsonl to hold every step up to 2, .* got no step 2"):
+        tiny.train(config)
+    assert (folder / "metrics.jsonl").read_bytes() == kept["metrics.jsonl"]
+    (folder / "ledger.jsonl").write_bytes(kept["ledger.jsonl"])
+    assert tiny.train(config)["steps"] == 2
 
 
 def write_model(folder: Path, tokenizer: Path, hidden_size: int) -> None:

@@ -181,6 +181,23 @@ def test_checkpoint_keeps_the_last_and_the_best(tmp_path):
         assert [entry.step for entry in checkpoints.entries()] == [7]
 
 
+def test_checkpoint_reader_leaves_the_folder_of_a_run_under_way_alone(tmp_path):
+    """Neither the save that is being written nor a damaged checkpoint is the reader's to remove or to rename."""
+    with opened(tmp_path, keep_last=3) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, a_state(step), {}, metric=None)
+    (tmp_path / "7.orbax-checkpoint-tmp").mkdir()  # what a save looks like before its rename
+    for path in files_of(tmp_path, 1):
+        path.write_bytes(b"")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with opened(tmp_path, read_only=True, report=lambda text: None) as checkpoints:
+        assert checkpoints.restore_latest(a_state(0)).host["step"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    with opened(tmp_path, report=lambda text: None) as checkpoints:
+        checkpoints.restore_latest(a_state(0))
+    assert sorted(path.name for path in tmp_path.iterdir()) != before
+
+
 def test_checkpoint_of_another_run_is_refused_by_field(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, a_state(1), {}, metric=0.5)

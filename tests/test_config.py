@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from hptjax import config_text
 from hptjax.config import Config, RewardFunction, StageConfig, changed_fields, flatten, resolved
-from hptjax.config_check import check, micro_batches_needed, samples_per_update
+from hptjax.config_batch import micro_batches_needed, samples_per_update
+from hptjax.config_check import check
 from hptjax.config_load import load_config, read_file
 
 SMALLEST = '[model]\ntokenizer = "somewhere"\n'
@@ -279,9 +280,13 @@ def test_config_changed_fields_names_them_and_forgives_telemetry():
     new = changed(VALID, train__steps=61, rollout__prompt_buckets=(24, 30), telemetry__wandb=True, runs_dir="x")
     assert changed_fields(resolved(VALID), resolved(new)) == [
         "rollout.prompt_buckets: [24] -> [24, 30]",
-        "train.steps: 60 -> 61",
     ]
     assert changed_fields(resolved(VALID), resolved(VALID)) == []
+    fewer = changed(VALID, train__steps=59)
+    assert changed_fields(resolved(VALID), resolved(fewer)) == ["train.steps: 60 -> 59"]
+    linear = changed(VALID, optimizer__schedule="linear")  # its horizon is the number of steps
+    longer = changed(linear, train__steps=61)
+    assert changed_fields(resolved(linear), resolved(longer)) == ["train.steps: 60 -> 61"]
     older = resolved(VALID)
     del older["hpt"]["ranks"]  # a field that the recorded run did not have yet
     assert changed_fields(older, resolved(VALID)) == ["hpt.ranks: null -> 8"]

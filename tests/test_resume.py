@@ -247,3 +247,22 @@ def test_resume_refuses_a_changed_config_and_names_the_fields(uninterrupted):
 def test_resume_of_a_finished_run_gives_its_summary(uninterrupted):
     before = (Path(uninterrupted.runs_dir) / "tiny" / "summary.json").read_text()
     assert build_run.train(uninterrupted, quiet=True) == json.loads(before)
+
+
+def test_resume_of_a_finished_run_with_more_steps_is_the_longer_run(shared, tmp_path):
+    """train.steps 2 and then 4 ends with the parameters of 4, where no schedule depends on the number of steps."""
+    longer = dataclasses.replace(shared, runs_dir=str(tmp_path / "runs"))
+    shorter = dataclasses.replace(longer, train=dataclasses.replace(longer.train, steps=2))
+    with pytest.MonkeyPatch.context() as patch:
+        build = build_run.build_stages
+        patch.setattr(
+            build_run,
+            "build_stages",
+            lambda config, *rest: [dataclasses.replace(s, steps=config.train.steps) for s in build(config, *rest)],
+        )
+        assert build_run.train(shorter, quiet=True)["steps"] == 2
+        assert build_run.train(longer, quiet=True)["steps"] == 4
+        with pytest.raises(ValueError, match=r"train\.steps: 4 -> 2"):
+            build_run.train(shorter, quiet=True)
+    assert all(map(np.array_equal, final_state(longer), final_state(shared)))
+    assert [row["step"] for row in rows(longer, "metrics.jsonl") if "witness/ok" in row] == [1, 2, 3, 4]

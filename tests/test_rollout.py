@@ -411,7 +411,7 @@ def test_rollout_asks_should_stop_and_keeps_only_finished_waves():
         ({"top_k": -1}, "rollout.top_k"),
         ({"top_p": 0.0}, "rollout.top_p"),
         ({"top_p": 1.1}, "rollout.top_p"),
-        ({"stop": range(9)}, "rollout.max_stop_ids"),
+        ({"stop": range(9)}, "max_stop_ids"),
         ({"stop": (19,)}, "stop ids"),
         ({"visit": 2**31}, "int32"),
     ],

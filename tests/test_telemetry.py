@@ -192,6 +192,16 @@ def test_rundir_refuses_a_changed_config_and_names_the_fields(tmp_path):
     rundir.open_run_folder(config_in(tmp_path, telemetry__progress=False))
 
 
+def test_rundir_is_held_by_one_at_a_time_and_let_go_of(tmp_path):
+    """A second process in the folder would write over the first one's metrics and checkpoints."""
+    folder = tmp_path / "runs" / "a"
+    refused = pytest.raises(ValueError, match=r"another process is training in; .*--name")
+    with rundir.held(folder), refused, rundir.held(folder):
+        pass
+    with rundir.held(folder):
+        pass
+
+
 def test_rundir_damaged_record_is_named(tmp_path):
     folder = rundir.open_run_folder(config_in(tmp_path))
     (folder / "config.json").write_text('{"name": ')

@@ -13,12 +13,11 @@ from hptjax.config import Config, TaskConfig
 from hptjax.data import tokenizer as text
 from hptjax.data.prepare import prepare_questions
 from hptjax.data.split import split_by_canonical
-from hptjax.records import Example, Question, Request, Sample, SampleId, Verdict
+from hptjax.records import Example, Judge, MakeRequests, Question, Request, Sample, SampleId, Verdict
 from hptjax.rewards.combine import combine
 from hptjax.rewards.pool import RewardPool
 from hptjax.tasks.countdown import countdown
 from hptjax.tasks.task import Task
-from hptjax.train.phases import Judge, MakeRequests
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,11 +22,10 @@ from hptjax.hpt.gate import demonstration_sample
 from hptjax.hpt.terms import Term
 from hptjax.losses.advantages import ones
 from hptjax.losses.reducers import token_mean
-from hptjax.records import Question, Source
+from hptjax.records import Judge, Question, Source
 from hptjax.rundir import write_json
 from hptjax.sharding.mesh import put_micro_batch
 from hptjax.train.jsonl import open_jsonl
-from hptjax.train.phases import Judge
 from hptjax.types import MicroBatch, Params
 
 DuringTraining = Callable[[int, Params], dict[str, float]]

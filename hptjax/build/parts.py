@@ -13,6 +13,7 @@ from hptjax.build.data import Questions, build_judge, build_questions, build_tas
 from hptjax.build.evaluation import Evaluator, build_evaluator
 from hptjax.build.policy import Policy, build_policy
 from hptjax.config import Config, resolved
+from hptjax.records import Judge
 from hptjax.rewards.pool import RewardPool
 from hptjax.rundir import compile_cache_folder
 
@@ -26,7 +27,7 @@ class Parts:
     config: Config
     policy: Policy
     questions: Questions
-    judge: Any
+    judge: Judge
     evaluator: Evaluator
     key: Any
 

@@ -17,9 +17,10 @@ from hptjax.losses.logprobs import TokenStats, token_logprobs
 from hptjax.models import decoder
 from hptjax.models.folder import load_folder
 from hptjax.models.shape import DecoderConfig
-from hptjax.rollout.engine import RolloutShardings, make_engine
+from hptjax.rollout.engine import make_engine
+from hptjax.rollout.programs import RolloutShardings
 from hptjax.sharding.mesh import make_mesh
-from hptjax.sharding.rules import make_constrain, named_shardings
+from hptjax.sharding.rules import make_constrain, named_shardings, shard_tree
 from hptjax.train.objective import TokenStatsFn, per_token
 from hptjax.types import MicroBatch, Params
 
@@ -57,7 +58,7 @@ def build_policy(config: Config) -> Policy:
         )
     mesh = make_mesh(config.mesh.data, config.mesh.tensor)
     shardings = named_shardings(mesh, decoder.logical_axes(shape), shapes=decoder.param_shapes(shape))
-    params = jax.tree.map(lambda leaf, place: jax.device_put(jnp.asarray(leaf, jnp.float32), place), params, shardings)
+    params = shard_tree(params, shardings)
     constrain = make_constrain(mesh)
     dtype = jnp.dtype(config.model.compute_dtype)
 

@@ -15,12 +15,14 @@ from hptjax.build.data import build_requests
 from hptjax.build.method import Recipe, build_recipe, clips
 from hptjax.build.policy import Policy
 from hptjax.config import Config, StageConfig
+from hptjax.config_batch import stage_list
 from hptjax.data.stream import QuestionStream
 from hptjax.data.tokenizer import stop_ids
 from hptjax.hpt.assemble import Update, assemble
 from hptjax.records import Question, Sample, SampleId
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import put_micro_batch
+from hptjax.sharding.rules import replicated
 from hptjax.train.objective import make_losses
 from hptjax.train.optimizer import make_optimizer, make_schedule
 from hptjax.train.stage import Stage
@@ -29,11 +31,6 @@ from hptjax.train.step import Losses, make_micro_step, make_named_gradients
 from hptjax.types import MicroBatch, Params
 
 ROUNDS_PER_STAGE = 1 << 16  # more passes over the data than a stage makes, so that rounds of stages never meet
-
-
-def stage_list(config: Config) -> list[StageConfig]:
-    """The stages before the last one and the last one, which `method` and `train.steps` describe."""
-    return [*config.stages, StageConfig(method=config.method, steps=config.train.steps)]
 
 
 def build_stages(config: Config, policy: Policy, questions: Sequence[Question]) -> list[Stage]:
@@ -57,13 +54,12 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
     optimizers = {"policy": _optimizer(config, schedule)}
     empty = put_micro_batch(policy.mesh, _assembler(config, recipe)([], frozenset()).micro_batches[0])
     stats = jax.eval_shape(losses, {"policy": policy.params}, empty)[1]
-    replicated = jax.sharding.NamedSharding(policy.mesh, jax.sharding.PartitionSpec())
 
     def fresh(params: Mapping[str, Params]) -> TrainState:
         return init_state(params, optimizers, stats, config.batch.max_micro_batches)
 
     shapes = jax.eval_shape(fresh, {"policy": policy.params})
-    places = state_shardings(shapes, {"policy": policy.shardings}, replicated)
+    places = state_shardings(shapes, {"policy": policy.shardings}, replicated(policy.mesh))
 
     def start(params: Mapping[str, Params], totals: Any) -> TrainState:
         state = fresh(jax.tree.map(jnp.copy, dict(params)))
@@ -76,10 +72,10 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         return token_stats(params, micro_batch).logprobs
 
     scorer = jax.jit(score)
-    reference = jax.tree.map(jnp.copy, policy.params) if recipe.reads_reference else None
 
     def add_reference(micro_batch: MicroBatch) -> MicroBatch:
-        return dataclasses.replace(micro_batch, reference_logprobs=scorer(reference, micro_batch))
+        # the parameters that the run starts from are never donated: `start` copies them
+        return dataclasses.replace(micro_batch, reference_logprobs=scorer(policy.params, micro_batch))
 
     micro_step = make_micro_step(losses, optimizers, skip_norm=config.optimizer.skip_norm)
 

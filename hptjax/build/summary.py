@@ -11,14 +11,14 @@ from hptjax.build.evaluation import counts_path, read_counts
 from hptjax.diagnostics.intervals import Estimate, paired_difference
 from hptjax.diagnostics.passk import estimate_pass_at_k, pass_at_k
 from hptjax.masked import mean, ratio
-from hptjax.train.jsonl import read_rows
+from hptjax.train.jsonl import plain_value, read_rows
 
 SHARE_STEPS = 10  # the SFT share is shown over the first and the last so many steps
 PHASES = {"rollout": "perf/generated_tokens", "update": "perf/trained_tokens"}
 
 
 def summarise(folder: Path, *, seconds: float, ks: tuple[int, ...]) -> dict[str, Any]:
-    """The summary of a run folder whose run has ended, from its files alone.
+    """The summary of a run folder whose run has ended, from its files alone; None where nothing was counted.
 
     Args
       seconds: wall time over all processes that worked on the run. ks: the k of pass@k.
@@ -28,7 +28,7 @@ def summarise(folder: Path, *, seconds: float, ks: tuple[int, ...]) -> dict[str,
     steps = [row for row in rows if "witness/ok" in row]
     last = max(row["step"] for row in rows)
     shares = [row["hpt/gate_sft_frac"] for row in steps]
-    return {
+    summary = {
         "base": _figures(folder, 0, ks),
         "final": _figures(folder, last, ks),
         "change": {
@@ -54,10 +54,12 @@ def summarise(folder: Path, *, seconds: float, ks: tuple[int, ...]) -> dict[str,
         },
         "witness_ok": bool(ledger) and all(row["witness_ok"] for row in ledger),
         "updates": len(ledger),
+        "applied": sum(row["status"] == "updated" for row in ledger),
         "steps": last,
         "seconds": seconds,
         "folder": str(folder),
     }
+    return plain_value(summary, "", [])
 
 
 def _figures(folder: Path, step: int, ks: tuple[int, ...]) -> dict[str, Any]:
@@ -94,6 +96,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         lines.append(f"{name:14s}" + "".join(f"{_interval(cell):>22s}" for cell in cells))
     share, speed = summary["sft_share"], summary["tokens_per_s"]
     fail = summary["all_fail"]
+    idle = summary["updates"] - summary.get("applied", summary["updates"])
     witness = (
         f"every micro-batch of {summary['updates']} updates once in its sum" if summary["witness_ok"] else "FAILED"
     )
@@ -101,8 +104,9 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"none solved   {100 * fail['base']:.1f} % of test questions -> {100 * fail['final']:.1f} %",
         f"SFT share     {100 * share['first']:.1f} % of questions over the first {SHARE_STEPS} steps -> "
         f"{100 * share['last']:.1f} % over the last {SHARE_STEPS}",
-        f"tokens/s      rollout {speed['rollout']:,.0f}, update {speed['update']:,.0f}",
+        "tokens/s      " + ", ".join(f"{name} {rate:,.0f}" for name, rate in speed.items() if rate is not None),
         f"witness       {witness}",
+        *([f"not applied   {idle} updates: empty, not finite or above optimizer.skip_norm"] if idle else []),
         f"time          {summary['seconds']:.0f} s for {summary['steps']} steps",
         f"written to    {summary['folder']}: summary.json, metrics.jsonl, ledger.jsonl",
     ]

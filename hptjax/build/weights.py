@@ -30,6 +30,7 @@ def load_weights(parts: Parts, checkpoint: str) -> Any:
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
             fingerprint=fingerprint(parts),
+            read_only=True,
         ) as checkpoints:
             restore = checkpoints.restore_latest if checkpoint == "last" else checkpoints.restore_best
             params = {"policy": parts.policy.params}

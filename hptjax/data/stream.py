@@ -91,7 +91,7 @@ class QuestionStream:
         for name, value in self._identity.items():
             if state[name] != value:
                 raise ValueError(
-                    f"expected a saved data position with {name} = {value}, got {state[name]}: the data, data.seed or "
+                    f"expected a saved data position with {name} = {value}, got {state[name]}: the data, seed or "
                     f"data.questions_per_step changed since it was saved; restore them or start a new run folder"
                 )
         self._iterator.set_state({"next_index": int(state["next_index"])})

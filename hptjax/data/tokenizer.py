@@ -27,8 +27,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     if not (folder / "tokenizer_config.json").is_file():
         raise FileNotFoundError(
-            f"expected a tokenizer (tokenizer_config.json, tokenizer.json) in {folder}, found none; set model.path to "
-            f"a Hugging Face model folder on this machine"
+            f"expected a tokenizer (tokenizer_config.json, tokenizer.json) in {folder}, found none; set model.path "
+            f"or model.tokenizer to a Hugging Face folder on this machine"
         )
     tokenizer = _transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     if tokenizer.eos_token_id is None:

@@ -17,18 +17,12 @@ from jaxtyping import Int
 from hptjax.diagnostics.intervals import Estimate, paired_difference, sign_flip_p
 from hptjax.diagnostics.passk import estimate_pass_at_k, pass_at_k
 from hptjax.masked import mean, ratio
-from hptjax.records import FinishReason, Question, Request, Sample, SampleId, Verdict
+from hptjax.records import FinishReason, Judge, MakeRequests, Question, Request, Sample, SampleId, Verdict
 from hptjax.sharding.host import to_host
 from hptjax.types import MicroBatch, Params
 
-MakeRequests = Callable[[Sequence[Question], int], list[Request]]
-"""Questions and the round of their visit -> n requests for each."""
-
 SampleRequests = Callable[[Params, Sequence[Request], Any], list[Sample]]
 """Parameters, requests and a random key -> one sample per request, in any order."""
-
-Judge = Callable[[Sequence[Sample], Mapping[int, Question]], list[tuple[Sample, list[Verdict]]]]
-"""Samples and their questions by id -> the samples with reward and solved, each with its verdicts."""
 
 ScoreFn = Callable[[Params, MicroBatch], Any]
 """Parameters and a micro-batch -> log-probs of its target tokens, [B T]."""

@@ -89,11 +89,6 @@ class DecoderConfig:
         if self.rms_norm_eps <= 0:
             raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
 
-    @property
-    def group_heads(self) -> int:
-        """Query heads that share one kv head."""
-        return self.num_heads // self.num_kv_heads
-
 
 def _require_positive(name: str, value: int) -> None:
     if value < 1:

@@ -15,14 +15,12 @@ import selectors
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from hptjax.records import Verdict
+from hptjax.records import RewardFunction, Verdict
 from hptjax.rewards.process import WorkerProcess
-
-RewardFunction = Callable[[str, Mapping[str, Any]], Verdict]
 
 TIMEOUT = Verdict(0.0, False, "timeout")
 CRASHED = Verdict(0.0, False, "crashed")

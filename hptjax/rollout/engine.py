@@ -19,74 +19,19 @@ A cache is a pytree whose every array has its rows on axis 1 (layers on axis 0).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Bool, Float, Int
 
 from hptjax.records import Request, Sample
-from hptjax.rollout import sampling, waves
+from hptjax.rollout import waves
+from hptjax.rollout.programs import DecodeStep, Prefill, RolloutShardings, Unembedding, make_programs
 from hptjax.sharding.host import to_host
 from hptjax.types import Array, Params
 
-ROW_AXIS = 1  # of every array in a cache
-
-Prefill = Callable[..., tuple[Array, Any]]
-DecodeStep = Callable[..., tuple[Array, Any]]
-Unembedding = Callable[[Params], Array]
 Engine = Callable[..., list[Sample]]
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutShardings:
-    """Where the engine's arrays live; build it from the rules table of hptjax.sharding.
-
-    Args
-      rows: sharding of an array whose first axis counts slots. cache: sharding, or tree of them, of the policy's cache.
-      replicated: of what the host reads.
-    """
-
-    rows: Any
-    cache: Any
-    replicated: Any
-
-
-@struct.dataclass
-class Settings:
-    """What a wave's slots keep from the first token to the last."""
-
-    keys: Array
-    prefix_lens: Int[Array, " S"]
-    new_tokens: Int[Array, " S"]
-    temperature: Float[Array, " S"]
-    top_k: Int[Array, " S"]
-    top_p: Float[Array, " S"]
-    stop_ids: Int[Array, "S W"]
-
-
-@struct.dataclass
-class Progress:
-    """What changes with every token.
-
-    Args
-      token, position: the last token of each row, not yet in the cache, and the place where it will enter.
-      active: rows that want another token.
-      counts: tokens sampled by each row. A wave's rows start together, so those still active have the same count.
-      tokens, logprobs: the sampled tokens; of no meaning past a row's count.
-    """
-
-    token: Int[Array, " S"]
-    position: Int[Array, " S"]
-    active: Bool[Array, " S"]
-    counts: Int[Array, " S"]
-    tokens: Int[Array, "S N"]
-    logprobs: Float[Array, "S N"]
 
 
 def never() -> bool:
@@ -141,110 +86,30 @@ def make_engine(
     if not 0 <= pad_id < vocab_size:
         raise ValueError(f"pad_id: expected in [0, {vocab_size}), got {pad_id}; check the tokenizer's pad token")
 
-    def empty_cache(params: Params) -> Any:
-        tokens = jax.ShapeDtypeStruct((slots, prompt_buckets[0]), jnp.int32)
-        lengths = jax.ShapeDtypeStruct((slots,), jnp.int32)
-        _, cache = jax.eval_shape(prefill, params, tokens, lengths)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)
-
-    def begin(key: Array, rows: dict[str, Array]) -> tuple[Settings, Progress]:
-        settings = Settings(
-            keys=sampling.sample_keys(key, rows["ids"]),
-            **{field: rows[field] for field in ("prefix_lens", "new_tokens", "temperature", "top_k", "top_p")},
-            stop_ids=rows["stop_ids"],
-        )
-        progress = Progress(
-            token=rows["last_token"],
-            position=rows["last_position"],
-            active=rows["new_tokens"] > 0,
-            counts=jnp.zeros(slots, jnp.int32),
-            tokens=jnp.zeros((slots, cache_capacity), jnp.int32),
-            logprobs=jnp.zeros((slots, cache_capacity), jnp.float32),
-        )
-        return settings, progress
-
-    def insert(params: Params, cache: Any, tokens: Array, lengths: Array, row_of_slot: Array) -> Any:
-        _, fresh = prefill(params, tokens, lengths)
-
-        def copy_rows(kept: Array, prefilled: Array) -> Array:
-            asked = (row_of_slot != waves.NO_ROW).reshape((1, slots) + (1,) * (kept.ndim - 2))
-            copies = jnp.take(prefilled, row_of_slot, axis=ROW_AXIS, mode="clip")
-            return jnp.where(asked, copies, kept)  # whole rows, so nothing of the slot's last tenant is left
-
-        return jax.tree.map(copy_rows, cache, fresh)
-
-    def decode(
-        params: Params, cache: Any, progress: Progress, settings: Settings, *, truncated: bool
-    ) -> tuple[Any, Progress, Array]:
-        head = unembedding(params)
-        if head.shape[1] != vocab_size:
-            raise ValueError(f"vocab_size {vocab_size}: the policy's unembedding has {head.shape[1]} columns")
-        call_end = jnp.max(progress.counts) + tokens_per_call
-
-        def wants_more(carry: tuple[Any, Progress]) -> Array:
-            _, now = carry
-            return jnp.any(now.active & (now.counts < call_end))
-
-        def next_token(carry: tuple[Any, Progress]) -> tuple[Any, Progress]:
-            cache, now = carry
-            hidden, cache = decode_step(params, cache, now.token, now.position)
-            scaled = sampling.scaled_logits(hidden, head, settings.temperature)
-            noise = sampling.token_noise(settings.keys, settings.prefix_lens + now.counts, vocab_size)
-            if truncated:
-                token = sampling.choose_truncated(scaled, noise, settings.top_k, settings.top_p)
-            else:
-                token = sampling.choose(scaled, noise)
-            logprob = sampling.chosen_logprobs(scaled, token)
-            counts = now.counts + now.active.astype(jnp.int32)
-            column = (jnp.int32(0), jnp.max(now.counts))
-            done = sampling.is_stop(token, settings.stop_ids) | (counts >= settings.new_tokens)
-            return cache, Progress(
-                token=jnp.where(now.active, token, now.token),
-                position=now.position + now.active.astype(jnp.int32),
-                active=now.active & ~done,
-                counts=counts,
-                tokens=jax.lax.dynamic_update_slice(now.tokens, token[:, None], column),
-                logprobs=jax.lax.dynamic_update_slice(now.logprobs, logprob[:, None], column),
-            )
-
-        cache, progress = jax.lax.while_loop(wants_more, next_token, (cache, progress))
-        return cache, progress, jnp.any(progress.active)
-
-    def read(progress: Progress) -> tuple[Array, Array, Array]:
-        return progress.counts, progress.tokens, progress.logprobs
-
-    placed = shardings or RolloutShardings(rows=None, cache=None, replicated=None)
-    empty_cache = jax.jit(empty_cache, out_shardings=placed.cache)
-    begin = jax.jit(begin, out_shardings=placed.rows)
-    insert = jax.jit(insert, out_shardings=placed.cache, donate_argnames="cache")
-    decode = jax.jit(
-        decode,
-        out_shardings=(placed.cache, placed.rows, placed.replicated),
-        donate_argnames=("cache", "progress"),
-        static_argnames="truncated",
+    programs = make_programs(
+        shape, prefill=prefill, decode_step=decode_step, unembedding=unembedding, shardings=shardings
     )
-    read = jax.jit(read, out_shardings=placed.replicated)
 
     def run_wave(params: Params, cache: Any, wave: Sequence[Request], key: Array, should_stop: Callable[[], bool]):
         """(cache, host arrays), or (cache, None) where it was stopped."""
         rows = waves.wave_rows(wave, shape, pad_id)
-        settings, progress = begin(key, vars(rows))
+        settings, progress = programs.begin(key, vars(rows))
         for call in waves.plan_prefills(wave, shape, pad_id):
             if should_stop():
                 return cache, None
-            cache = insert(params, cache, call.tokens, call.lengths, call.row_of_slot)
+            cache = programs.insert(params, cache, call.tokens, call.lengths, call.row_of_slot)
         truncated = waves.truncates(wave[0])  # one path per wave, see plan_waves
         calls = math.ceil(int(rows.new_tokens.max()) / tokens_per_call)
         unread = None
         for _ in range(calls):
             if should_stop():
                 return cache, None
-            cache, progress, busy = decode(params, cache, progress, settings, truncated=truncated)
+            cache, progress, busy = programs.decode(params, cache, progress, settings, truncated=truncated)
             # the flag is read one call late, so the device never waits for the host; a call too many ends at once
             if unread is not None and not to_host(unread):
                 break
             unread = busy
-        return cache, to_host(read(progress))
+        return cache, to_host(programs.read(progress))
 
     def sample(
         params: Params,
@@ -271,7 +136,7 @@ def make_engine(
         keep(forced, [nothing] * len(forced))
         cache = None
         for places in waves.plan_waves(requests, shape):
-            cache = empty_cache(params) if cache is None else cache
+            cache = programs.empty_cache(params) if cache is None else cache
             cache, result = run_wave(params, cache, [requests[place] for place in places], key, should_stop)
             if result is None:
                 break

@@ -41,9 +41,12 @@ class DecodeShape:
     max_stop_ids: int
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "slots", "prefill_rows", "cache_capacity", "tokens_per_call", "max_stop_ids"):
+        for name in ("slots", "prefill_rows", "cache_capacity", "tokens_per_call"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("vocab_size", "max_stop_ids"):  # not in the config
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         buckets = self.prompt_buckets
         if not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets)):
             raise ValueError(f"rollout.prompt_buckets: expected rising positive lengths, got {buckets}")
@@ -157,7 +160,7 @@ def _problem(request: Request, shape: DecodeShape) -> str | None:
     if not 0.0 < request.top_p <= 1.0:
         return f"rollout.top_p {request.top_p}; expected in (0, 1], 1 being off"
     if len(request.stop_ids) > shape.max_stop_ids:
-        return f"{len(request.stop_ids)} stop ids; raise rollout.max_stop_ids from {shape.max_stop_ids}"
+        return f"{len(request.stop_ids)} stop ids; expected at most {shape.max_stop_ids}, the engine's max_stop_ids"
     if any(not 0 <= stop < vocab for stop in request.stop_ids):
         return f"stop ids {sorted(request.stop_ids)}; expected each in [0, {vocab})"
     if any(not -(2**31) <= part < 2**31 for part in request.sample_id):

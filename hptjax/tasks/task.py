@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from hptjax.records import Example, Verdict
-
-# Judges one completion against the answer of its example. It is a module-level function, because it runs in another
-# process, which imports it by name.
-RewardFunction = Callable[[str, Mapping[str, Any]], Verdict]
+from hptjax.records import Example, RewardFunction
 
 
 @runtime_checkable

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 
 from hptjax.types import Array, Params
 
-EXACT_FLOAT32_INTEGERS = 2**24
+EXACT_FLOAT32_INTEGERS = 2**24  # float32 holds every integer up to it; a micro-batch with as many positions is refused
 
 
 class Status(enum.IntEnum):

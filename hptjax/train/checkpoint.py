@@ -1,8 +1,9 @@
 """Checkpoints: the whole state of a run in one place, written in the background and read back to the bit.
 
 A checkpoint is a folder named by an *ordinal* that only grows, never by the training step: a save on SIGTERM at a step
-that was already saved is simply the next ordinal. It holds the device state (parameters, optimizer, accumulator, keys),
-the host state (JSON: data position, counters) and host arrays (pending samples and verdicts). Orbax writes into a
+that was already saved is simply the next ordinal. It holds the device state (parameters, optimizer, open
+sums, counters), the host state (JSON: data position, counters, the open step with its samples and verdicts) and host
+arrays (a score pass's log-probs). Orbax writes into a
 temporary folder and commits by one rename, so a process killed during a save leaves the earlier checkpoints whole.
 
 The state is copied on the devices before the background write begins: the trainer donates its buffers to the next
@@ -83,6 +84,7 @@ class Checkpoints:
     retention: Retention
     report: Callable[[str], None]
     quiet: contextlib.ExitStack
+    read_only: bool = False
 
     def save(
         self,
@@ -197,7 +199,8 @@ class Checkpoints:
         for ordinal in ordinals:
             restored = self._read(ordinal, template)
             if restored is not None:
-                self._set_aside(damaged)
+                if not self.read_only:
+                    self._set_aside(damaged)
                 if damaged:
                     self.report(
                         f"checkpoint {', '.join(map(str, damaged))} in {self.folder} cannot be read (truncated or "
@@ -287,6 +290,7 @@ def open_checkpoints(
     keep_best: int,
     fingerprint: Mapping[str, Any],
     report: Callable[[str], None] = print,
+    read_only: bool = False,
 ) -> Checkpoints:
     """The checkpoints of a run folder, made if absent; folders of saves that were killed half-way are removed.
 
@@ -294,6 +298,7 @@ def open_checkpoints(
       keep_last: >= 1, the newest n stay. keep_best: >= 0, so do the n of largest metric.
       fingerprint: JSON values that a checkpoint must share with this run to be restored (model, tokenizer, method).
       report: gets a line of text when a damaged checkpoint is passed over.
+      read_only: leaves the folder as it is: it may be that of a run under way, whose half-written save is no rest.
     Raises: a count out of range, or a fingerprint that is not JSON -> ValueError.
     """
     if keep_last < 1 or keep_best < 0:
@@ -305,7 +310,8 @@ def open_checkpoints(
     retention = Retention(keep_last, keep_best, {})
     quiet = contextlib.ExitStack()
     quiet.enter_context(quiet_orbax())
-    checkpoints = Checkpoints(path, dict(fingerprint), make_manager(path, retention), retention, report, quiet)
+    manager = make_manager(path, retention, read_only=read_only)
+    checkpoints = Checkpoints(path, dict(fingerprint), manager, retention, report, quiet, read_only)
     retention.metrics.update(
         {entry.ordinal: entry.metric for entry in checkpoints.entries() if entry.metric is not None}
     )

@@ -30,10 +30,10 @@ class Retention:
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
-def make_manager(folder: pathlib.Path, retention: Retention) -> ocp.CheckpointManager:
-    """Orbax's manager of a folder, made if absent; what killed saves left in it is removed."""
+def make_manager(folder: pathlib.Path, retention: Retention, *, read_only: bool = False) -> ocp.CheckpointManager:
+    """Orbax's manager of a folder, made if absent; what killed saves left in it is removed, unless `read_only`."""
     options = ocp.CheckpointManagerOptions(
-        enable_async_checkpointing=True, cleanup_tmp_directories=True, preservation_policy=retention
+        enable_async_checkpointing=True, cleanup_tmp_directories=not read_only, preservation_policy=retention
     )
     return ocp.CheckpointManager(folder, options=options)
 

@@ -6,24 +6,18 @@ Every phase can be entered again after a stop: it does only what is missing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hptjax.hpt.assemble import Update
 from hptjax.hpt.gate import gate, group_rollouts, select_live, solved_counts, split_questions
-from hptjax.records import FinishReason, Objective, Question, Request, Sample, SampleId, Verdict
+from hptjax.records import FinishReason, Judge, MakeRequests, Objective, Sample, SampleId
 from hptjax.train.open_step import OpenStep
 from hptjax.types import Params
 
-MakeRequests = Callable[[Sequence[Question], int], list[Request]]
-"""Questions and the round of their visit -> the requests of their groups."""
-
 SampleRollouts = Callable[..., list[Sample]]
 """(params, requests, *, should_stop, on_wave) -> samples; shorter than the requests only if it was told to stop."""
-
-Judge = Callable[[Sequence[Sample], Mapping[int, Question]], list[tuple[Sample, list[Verdict]]]]
-"""Samples and their questions -> the samples with reward and solved, each with its verdicts."""
 
 Assemble = Callable[[Sequence[Sample], frozenset[SampleId]], Update]
 """Live samples and the ids that carry no weight -> one packed update."""

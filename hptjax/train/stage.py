@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from hptjax.records import Question
+from hptjax.records import Judge, MakeRequests, Question
 from hptjax.train.open_step import OpenStep, from_json, to_json
-from hptjax.train.phases import Assemble, Gated, Judge, MakeRequests, SampleRollouts
+from hptjax.train.phases import Assemble, Gated, SampleRollouts
 from hptjax.train.state import TrainState
 from hptjax.types import MicroBatch, Params
 

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Bool, Float, Int
 
 from hptjax.train.accumulate import (
+    EXACT_FLOAT32_INTEGERS,
     Status,
     add,
     all_finite,
@@ -120,6 +121,11 @@ def make_micro_step(
         )
 
     def micro_step(state: TrainState, micro_batch: MicroBatch, is_last: Bool[Array, ""]) -> TrainState:
+        if micro_batch.completion_mask.size >= EXACT_FLOAT32_INTEGERS:
+            raise ValueError(
+                f"expected batch.rows x batch.row_tokens below {EXACT_FLOAT32_INTEGERS}, so that the witness is exact "
+                f"in float32, got {micro_batch.completion_mask.size}; change batch.rows or batch.row_tokens"
+            )
         live_tokens = jnp.sum(micro_batch.completion_mask, dtype=jnp.int32)
         probe = jnp.zeros(micro_batch.planned_tokens.shape, jnp.float32)
         (gradients, witness), stats = jax.grad(fused_loss, argnums=(0, 1), has_aux=True)(

@@ -1,0 +1,38 @@
+"""How much a step and an update of a config hold, by arithmetic alone."""
+
+from __future__ import annotations
+
+import math
+
+from hptjax.config import Config, StageConfig
+
+
+def stage_list(config: Config) -> list[StageConfig]:
+    """The stages before the last one and the last one, which `method` and `train.steps` describe."""
+    return [*config.stages, StageConfig(method=config.method, steps=config.train.steps)]
+
+
+def steps_of(config: Config) -> list[tuple[str, str, int]]:
+    """(where it is set, method, questions per step) of every stage, the last one included."""
+    questions = config.data.questions_per_step
+    stages = [
+        (f"stages.{i}", stage.method, stage.questions_per_step or questions) for i, stage in enumerate(config.stages)
+    ]
+    return [*stages, ("the last stage", config.method, questions)]
+
+
+def samples_per_update(config: Config, *, method: str, questions: int) -> int:
+    """The most samples an update of `method` can hold: a demonstration or a whole group per question."""
+    per_question = 1 if method == "sft" else config.rollout.group_size
+    return questions // config.train.updates_per_rollout_batch * per_question
+
+
+def micro_batches_needed(config: Config, *, samples: int) -> int:
+    """Micro-batches that hold `samples` samples of the greatest length, packed by any rule that fills open rows.
+
+    A row that refuses a sample of at most `longest` tokens already holds `row_tokens // longest` samples (or
+    `max_segments`), so ceil(samples / that) rows are enough whatever the lengths are.
+    """
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    per_row = min(config.batch.max_segments, config.batch.row_tokens // longest)
+    return math.ceil(math.ceil(samples / per_row) / config.batch.rows)
