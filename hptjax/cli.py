@@ -96,7 +96,7 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("hptjax: interrupted; the same command continues from the last checkpoint.", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("HPTJAX_TRACEBACK") == "1" or not raised_here(error):
             raise
         print(f"hptjax {command}: {error}", file=sys.stderr)

@@ -118,6 +118,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    stop_ids: tuple[int, ...] = ()  # tokens that end a completion beside the tokenizer's eos
     max_completion_tokens: int = 24  # limit of a completion, stop token and forced prefix included
     slots: int = 256  # rows decoded together
     prefill_rows: int = 32  # prompts prefilled together
@@ -172,6 +173,7 @@ class OptimizerConfig:
     learning_rate: float = 2e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
+    end_fraction: float = 0.0  # of the learning rate, where a linear or cosine schedule ends
     decay_steps: int | None = None  # None: the stage's own steps
     b1: float = 0.9
     b2: float = 0.95
@@ -270,26 +272,18 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The fields that differ between two resolved configs, as `"train.steps: 50 -> 60"`; sorted.
+    """The fields that differ between two resolved configs, as `"hpt.gate: 0 -> 1"`; sorted.
 
-    Fields that may change within a run folder (`MAY_CHANGE`) are left out, and so is a `train.steps` that grew where
-    no schedule depends on it (`_only_longer`).
+    Fields that may change within a run folder (`MAY_CHANGE`) are left out; and nothing is listed where all that changed
+    is a larger `train.steps` and no schedule depends on it: the steps so far are those of the longer run, too.
     """
     before, after = flatten(old), flatten(new)
     names = sorted(before.keys() | after.keys())
-    return [
-        f"{name}: {json.dumps(before.get(name))} -> {json.dumps(after.get(name))}"
-        for name in names
-        if not name.startswith(MAY_CHANGE)
-        and before.get(name) != after.get(name)
-        and not _only_longer(name, before, after)
-    ]
-
-
-def _only_longer(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether a change asks for more steps of the same run: the steps so far are then those of the longer run, too."""
+    changed = [name for name in names if not name.startswith(MAY_CHANGE) and before.get(name) != after.get(name)]
     fixed = after.get("optimizer.schedule") == "constant" or after.get("optimizer.decay_steps") is not None
-    return name == "train.steps" and fixed and before.get(name, 0) < after[name]
+    if changed == ["train.steps"] and fixed and before.get("train.steps", 0) < after["train.steps"]:
+        return []
+    return [f"{name}: {json.dumps(before.get(name))} -> {json.dumps(after.get(name))}" for name in changed]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

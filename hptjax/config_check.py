@@ -20,7 +20,7 @@ AT_LEAST_ONE = (
 ).split()
 AT_LEAST_ZERO = (
     "seed task.seed task.low task.target_low task.max_value data.split_seed "
-    "rollout.top_k hpt.sft_coefficient hpt.rl_coefficient hpt.entropy_coefficient "
+    "rollout.top_k optimizer.end_fraction hpt.sft_coefficient hpt.rl_coefficient hpt.entropy_coefficient "
     "hpt.kl_coefficient optimizer.warmup_steps optimizer.weight_decay train.eval_every train.probe_every "
     "train.rollouts_every train.panel_questions eval.train_questions checkpoint.keep_best"
 ).split()
@@ -173,10 +173,16 @@ def _check_objective(config: Config) -> None:
             f"{hpt.clip_low}, {hpt.clip_high}",
             "hpt.clip_low and hpt.clip_high",
         )
-    if config.method != "sft" and hpt.rl_coefficient == 0 and (config.method == "grpo" or hpt.sft_coefficient == 0):
-        _refuse("an objective that is not 0", "coefficients of 0", "hpt.rl_coefficient or hpt.sft_coefficient")
-    if config.method == "sft" and hpt.sft_coefficient == 0:
-        _refuse("an objective that is not 0", "hpt.sft_coefficient 0", "hpt.sft_coefficient")
+    for place, method, _ in steps_of(config):
+        threshold = {"hpt": hpt.gate, "sft": group_size, "grpo": -1}[method]
+        rl = hpt.rl_coefficient if threshold < group_size else 0.0
+        sft = hpt.sft_coefficient if threshold >= 0 else 0.0
+        if rl == sft == 0.0:
+            _refuse(
+                f"an objective that is not 0 in {place} ({method}, hpt.gate {threshold})",
+                f"hpt.rl_coefficient {hpt.rl_coefficient} and hpt.sft_coefficient {hpt.sft_coefficient}",
+                "the one that this method reads",
+            )
 
 
 def _check_batch(config: Config) -> None:
@@ -222,13 +228,15 @@ def _check_optimizer(config: Config) -> None:
     for name, value in (("b1", optimizer.b1), ("b2", optimizer.b2)):
         if not 0 <= value < 1:
             _refuse(f"optimizer.{name} in [0, 1)", f"{value}", f"optimizer.{name}")
-    updates = optimizer.decay_steps or config.train.steps * config.train.updates_per_rollout_batch
-    if optimizer.schedule != "constant" and optimizer.warmup_steps >= updates:
-        _refuse(
-            f"a warm-up shorter than the schedule ({updates} optimizer steps)",
-            f"{optimizer.warmup_steps}",
-            "optimizer.warmup_steps or optimizer.decay_steps",
-        )
+    steps = [(f"stages.{i}", stage.steps) for i, stage in enumerate(config.stages)]
+    for place, count in [*steps, ("the last stage", config.train.steps)]:
+        updates = optimizer.decay_steps or count * config.train.updates_per_rollout_batch
+        if optimizer.schedule != "constant" and optimizer.warmup_steps >= updates:
+            _refuse(
+                f"a warm-up shorter than the schedule ({updates} optimizer steps) of {place}",
+                f"{optimizer.warmup_steps}",
+                "optimizer.warmup_steps or optimizer.decay_steps",
+            )
 
 
 def _check_evaluation(config: Config) -> None:

@@ -15,6 +15,8 @@ from hptjax import explain as explain_module
 from hptjax.config import Config, ShapeConfig
 from hptjax.config_load import load_config
 from hptjax.explain import explain, parameter_count, rl_token_weight, sft_token_weight
+from hptjax.records import Request, SampleId
+from hptjax.rollout.waves import DecodeShape, finished_sample
 from tests.test_config import changed
 
 
@@ -157,6 +159,20 @@ def test_cli_errors_of_others_keep_their_traceback(config_file, build, monkeypat
     monkeypatch.setattr("hptjax.build.train", lambda config: np.zeros(3).reshape(2, 2))
     with pytest.raises(ValueError, match="reshape"):
         cli.run(["train", str(config_file)])
+
+
+def test_cli_policy_that_has_diverged_is_one_message(monkeypatch, capsys):
+    """The sampler's own error for log-probs that are not finite is no bug report either."""
+    request = Request(SampleId(0, 0, 0), np.zeros(1, np.int32), max_completion_tokens=1, stop_ids=frozenset({0}))
+
+    def diverge(arguments):
+        finished_sample(
+            request, np.zeros(1, np.int32), np.full(1, np.nan, np.float32), DecodeShape(2, 1, 1, (1,), 2, 1, 1)
+        )
+
+    monkeypatch.setitem(cli.COMMANDS, "train", diverge)
+    assert cli.run(["train"]) == cli.BAD_INPUT
+    assert "the policy has diverged" in capsys.readouterr().err
 
 
 def test_cli_traceback_on_request(monkeypatch):

@@ -214,6 +214,15 @@ def test_config_nearest_key_survives_a_lost_letter(path):
         ({"hpt__rl_estimator": "reinforce", "hpt__clip_low": 0.2, "hpt__clip_high": 0.2}, ["no clip range"]),
         ({"method": "sft", "hpt__sft_coefficient": 0.0}, ["an objective that is not 0"]),
         ({"method": "grpo", "hpt__rl_coefficient": 0.0}, ["an objective that is not 0"]),
+        ({"hpt__gate": -1, "hpt__rl_coefficient": 0.0}, ["an objective that is not 0", "hpt.rl_coefficient 0.0"]),
+        (
+            {"stages": (StageConfig("sft", 2),), "hpt__sft_coefficient": 0.0},
+            ["an objective that is not 0 in stages.0", "hpt.sft_coefficient 0.0"],
+        ),
+        (
+            {"stages": (StageConfig("sft", 2),), "optimizer__schedule": "linear", "optimizer__warmup_steps": 2},
+            ["warm-up shorter", "stages.0", "2 optimizer steps"],
+        ),
         ({"optimizer__schedule": "cosine", "optimizer__warmup_steps": 60}, ["warm-up shorter", "60 optimizer steps"]),
         ({"optimizer__b2": 1.0}, ["optimizer.b2 in [0, 1)"]),
         ({"eval__ks": (1, 16)}, ["eval.ks within 1..8", "[1, 16]"]),
@@ -280,7 +289,9 @@ def test_config_changed_fields_names_them_and_forgives_telemetry():
     new = changed(VALID, train__steps=61, rollout__prompt_buckets=(24, 30), telemetry__wandb=True, runs_dir="x")
     assert changed_fields(resolved(VALID), resolved(new)) == [
         "rollout.prompt_buckets: [24] -> [24, 30]",
+        "train.steps: 60 -> 61",
     ]
+    assert changed_fields(resolved(VALID), resolved(changed(VALID, train__steps=61))) == []
     assert changed_fields(resolved(VALID), resolved(VALID)) == []
     fewer = changed(VALID, train__steps=59)
     assert changed_fields(resolved(VALID), resolved(fewer)) == ["train.steps: 60 -> 59"]

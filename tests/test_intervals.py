@@ -129,6 +129,14 @@ def test_estimate_of_a_mean_covers_the_truth_as_often_as_it_says():
     assert 0.89 <= hits / 200 <= 0.99  # 0.95 +- 4 standard errors of 200 trials
 
 
+@pytest.mark.parametrize("values", [[0.375], [0.5, 0.5, 0.5, 0.5]])
+def test_estimate_mean_has_a_width_where_all_questions_agree(values):
+    """A few questions that all have the same share of solved samples do not settle the figure."""
+    estimate = estimate_mean(np.array(values), samples=8)
+    assert estimate.method == "wilson"
+    assert estimate.low < values[0] - 0.1 < values[0] + 0.1 < estimate.high
+
+
 def test_paired_difference_of_identical_predictions_is_zero():
     values = np.random.default_rng(0).random(50)
     estimate = paired_difference(values, values, samples=4)

@@ -113,3 +113,8 @@ def test_metrics_markdown_has_a_line_per_metric():
     assert len(lines) == len(METRICS) + 2
     assert all(line.count("|") == 5 for line in lines)
     assert lookup("timing_s/rollout").name in as_markdown()
+
+
+def test_metrics_page_of_the_docs_is_the_table(repository):
+    """docs/metrics.md is rendered from the table; render it again when the table changes."""
+    assert as_markdown() in (repository / "docs" / "metrics.md").read_text()

@@ -620,6 +620,7 @@ def test_second_update_is_clipped_by_the_ratio_to_the_score_pass(made, by_hand):
         questions={question.question_id: question for question in recorded.questions()},
         sample=sample,
         judge=judge,
+        reward_names=(),
         put=put,
         read=to_host,
         flag=jnp.asarray,

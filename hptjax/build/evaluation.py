@@ -16,6 +16,7 @@ from hptjax.build.data import Questions, request_maker
 from hptjax.build.policy import Policy
 from hptjax.config import Config
 from hptjax.data import tokenizer as text
+from hptjax.diagnostics.intervals import Estimate
 from hptjax.eval.evaluate import EvalResult, eval_metrics, evaluate, heldout_demonstration_nll, panel_rows
 from hptjax.hpt.assemble import assemble
 from hptjax.hpt.gate import demonstration_sample
@@ -50,7 +51,7 @@ def build_evaluator(config: Config, policy: Policy, questions: Questions, judge:
     make_requests = request_maker(
         count=options.samples_per_question,
         max_completion_tokens=config.rollout.max_completion_tokens,
-        stop_ids=text.stop_ids(policy.tokenizer),
+        stop_ids=text.stop_ids(policy.tokenizer, config.rollout.stop_ids),
         temperature=options.temperature,
     )
     decode = functools.partial(text.decode, policy.tokenizer)
@@ -71,7 +72,7 @@ def build_evaluator(config: Config, policy: Policy, questions: Questions, judge:
 
     def measure(split: str, params: Params) -> dict[str, Any]:
         result = run(params, splits[split])
-        figures = {f"pass@{k}": dataclasses.asdict(estimate) for k, estimate in result.pass_at_k.items()}
+        figures = {f"pass@{k}": estimate_json(estimate) for k, estimate in result.pass_at_k.items()}
         return figures | {
             "questions": len(splits[split]),
             "samples_per_question": options.samples_per_question,
@@ -101,6 +102,18 @@ def build_evaluator(config: Config, policy: Policy, questions: Questions, judge:
         return at_step
 
     return Evaluator(measure, during_training)
+
+
+def estimate_json(estimate: Estimate) -> dict[str, Any]:
+    """A figure with its interval, in the one form that summaries and commands print."""
+    return {
+        "value": estimate.value,
+        "ci95": [estimate.low, estimate.high],
+        "se": estimate.se,
+        "questions": estimate.questions,
+        "samples": estimate.samples,
+        "method": estimate.method,
+    }
 
 
 def write_counts(folder: Path, split: str, step: int, result: EvalResult) -> None:

@@ -98,7 +98,7 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         nonfinite=config.optimizer.nonfinite,
         start=start,
         micro_step=jit_step(micro_step, places),
-        make_requests=build_requests(config, stop_ids(policy.tokenizer)),
+        make_requests=build_requests(config, stop_ids(policy.tokenizer, config.rollout.stop_ids)),
         assemble=_assembler(config, recipe),
         learning_rate=lambda optimizer_step: float(to_host(schedule(optimizer_step))),
         score=scorer if recipe.scores else None,
@@ -131,6 +131,7 @@ def _schedule(config: Config, stage: StageConfig) -> optax.Schedule:
         optimizer.schedule,
         stage.learning_rate or optimizer.learning_rate,
         warmup_steps=optimizer.warmup_steps,
+        end_fraction=optimizer.end_fraction,
         decay_steps=optimizer.decay_steps or stage.steps * config.train.updates_per_rollout_batch,
     )
 

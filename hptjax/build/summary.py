@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hptjax.build.evaluation import counts_path, read_counts
-from hptjax.diagnostics.intervals import Estimate, paired_difference
+from hptjax.build.evaluation import counts_path, estimate_json, read_counts
+from hptjax.diagnostics.intervals import paired_difference
 from hptjax.diagnostics.passk import estimate_pass_at_k, pass_at_k
 from hptjax.masked import mean, ratio
 from hptjax.train.jsonl import plain_value, read_rows
@@ -32,7 +32,7 @@ def summarise(folder: Path, *, seconds: float, ks: tuple[int, ...]) -> dict[str,
         "base": _figures(folder, 0, ks),
         "final": _figures(folder, last, ks),
         "change": {
-            f"pass@{k}": _as_json(
+            f"pass@{k}": estimate_json(
                 paired_difference(
                     pass_at_k(*read_counts(folder, "test", 0), k),
                     pass_at_k(*read_counts(folder, "test", last), k),
@@ -65,26 +65,15 @@ def summarise(folder: Path, *, seconds: float, ks: tuple[int, ...]) -> dict[str,
 def _figures(folder: Path, step: int, ks: tuple[int, ...]) -> dict[str, Any]:
     """pass@k on test questions, and pass@1 on the training questions measured beside them."""
     solved, samples = read_counts(folder, "test", step)
-    figures = {f"pass@{k}": _as_json(estimate_pass_at_k(solved, samples, k)) for k in ks}
+    figures = {f"pass@{k}": estimate_json(estimate_pass_at_k(solved, samples, k)) for k in ks}
     if counts_path(folder, "train", step).exists():
-        figures["train_pass@1"] = _as_json(estimate_pass_at_k(*read_counts(folder, "train", step), 1))
+        figures["train_pass@1"] = estimate_json(estimate_pass_at_k(*read_counts(folder, "train", step), 1))
     return figures
 
 
 def _all_fail(folder: Path, step: int) -> float:
     solved, _ = read_counts(folder, "test", step)
     return ratio(int(np.sum(solved == 0)), solved.size)
-
-
-def _as_json(estimate: Estimate) -> dict[str, Any]:
-    return {
-        "value": estimate.value,
-        "ci95": [estimate.low, estimate.high],
-        "se": estimate.se,
-        "questions": estimate.questions,
-        "samples": estimate.samples,
-        "method": estimate.method,
-    }
 
 
 def summary_table(summary: dict[str, Any]) -> str:

@@ -84,6 +84,7 @@ def build_world(
         questions=questions,
         sample=_sampler(parts),
         judge=parts.judge,
+        reward_names=tuple(function.name for function in parts.config.reward.functions),
         put=lambda micro_batch: put_micro_batch(parts.policy.mesh, micro_batch),
         read=to_host,
         flag=_flags(parts.policy.mesh),

@@ -103,7 +103,8 @@ def estimate_mean(
     bootstrap has no width), and the percentile bootstrap by question elsewhere.
     """
     values = np.asarray(values, np.float64)
-    if np.all((values == 0) | (values == 1)):
+    agree = bool(np.all(values == values[:1])) and bool(np.all((values >= 0) & (values <= 1)))
+    if agree or np.all((values == 0) | (values == 1)):
         low, high = wilson(float(values.sum()), values.size, level=level)
         method = "wilson"
     else:

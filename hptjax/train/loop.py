@@ -123,7 +123,8 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
         updates = assemble_updates(
             gated, updates=stage.updates_per_step, mask_overlong=stage.mask_overlong, assemble=stage.assemble
         )
-    rows = [rollout_metrics(step, gated, updates, group_size=stage.group_size), {"train/stage": progress.stage}]
+    known = rollout_metrics(step, gated, updates, group_size=stage.group_size, reward_names=world.reward_names)
+    rows = [known, {"train/stage": progress.stage}]
     batches = [[world.put(micro_batch) for micro_batch in update.micro_batches] for update in updates]
     if stage.add_reference is not None:
         with _timed(seconds, "reference"):

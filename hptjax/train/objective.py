@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Float
 
+from hptjax.losses.kl import k3
 from hptjax.losses.logprobs import TokenStats
 from hptjax.losses.stability import StabilityMask
 from hptjax.losses.upge import weighted_sum
@@ -102,6 +103,8 @@ def _statistics(
         "rollout/logp_diff_mean": over(rollout, sampler_gap),
         "rollout/logp_diff_max": Peak(jnp.max(jnp.where(rollout, sampler_gap, 0.0))),
     }
+    if "kl" in named:
+        stats["actor/kl_loss"] = over(rollout, k3(logprobs, micro_batch.reference_logprobs))
     if scored:
         stats["actor/ppo_kl"] = over(rollout, -log_ratio)
     if stability_mask is not None:

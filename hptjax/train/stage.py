@@ -57,6 +57,7 @@ class World:
     questions: Mapping[int, Question]
     sample: SampleRollouts
     judge: Judge
+    reward_names: tuple[str, ...]  # of the functions whose verdicts `judge` gives, in its order
     put: Callable[[MicroBatch], MicroBatch]
     read: Callable[[Any], Any]  # the one device-to-host read
     flag: Callable[[bool], Any]  # a host bool as a device scalar

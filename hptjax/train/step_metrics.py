@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,16 +17,29 @@ from hptjax.train.open_step import OpenStep
 from hptjax.train.phases import Gated
 
 
-def rollout_metrics(step: OpenStep, gated: Gated, updates: Sequence[Update], *, group_size: int) -> dict[str, Any]:
+def rollout_metrics(
+    step: OpenStep, gated: Gated, updates: Sequence[Update], *, group_size: int, reward_names: Sequence[str]
+) -> dict[str, Any]:
     """What the host knows of a step before its updates: rewards, lengths, the gate, the packing.
 
     Values are as `diagnostics.metrics` declares their reduction: (total, count) pairs, counts per bin, or numbers.
+
+    Args
+      reward_names: of the reward functions, in the order of a sample's verdicts.
     """
     rollouts = list(step.samples.values())
     demonstrations = sum(1 for sample in gated.live if sample.sample_id not in step.samples)
     batches = sum(len(update.micro_batches) for update in updates)
+    to_sft = sum(objective == Objective.SFT for objective in gated.objectives)
+    prompts = [len(question.prompt_tokens) for question in step.questions]
     row: dict[str, Any] = {
-        "hpt/gate_sft_frac": (sum(o == Objective.SFT for o in gated.objectives), len(step.questions)),
+        "hpt/gate_sft_frac": (to_sft, len(step.questions)),
+        "batch/failed": to_sft,
+        "uni/on_data_ratio": (len(gated.live) - demonstrations, len(gated.live)),
+        "uni/sft_data_ratio": (demonstrations, len(gated.live)),
+        "prompt_length/mean": (sum(prompts), len(prompts)),
+        "prompt_length/max": max(prompts),
+        "prompt_length/min": min(prompts),
         "on_off_metrics/off_example_ratio": (demonstrations, len(gated.live)),
         "batch/live_rows": sum(len(update.samples) for update in updates),
         "batch/rollouts": len(rollouts),
@@ -38,24 +52,49 @@ def rollout_metrics(step: OpenStep, gated: Gated, updates: Sequence[Update], *, 
     lengths = np.asarray([len(sample.completion_tokens) for sample in rollouts], np.float64)
     groups = group_rollouts(rollouts).values()
     reasons = [verdict.reason for verdicts in step.verdicts.values() for verdict in verdicts]
-    return row | {
-        "critic/score/mean": (rewards.sum(), rewards.size),
-        "critic/score/max": rewards.max(),
-        "critic/score/min": rewards.min(),
-        "batch/solve_none": np.sum(gated.solved == 0),
-        "batch/solve_all": np.sum(gated.solved == group_size),
-        "batch/solved": np.sum(gated.solved > 0),
-        "group/zero_std_frac": (sum(len({sample.reward for sample in group}) == 1 for group in groups), len(groups)),
-        "response_length/mean": (lengths.sum(), lengths.size),
-        "response_length/max": lengths.max(),
-        "response_length/min": lengths.min(),
-        "response_length/clip_ratio": (
-            sum(sample.finish_reason == FinishReason.LENGTH for sample in rollouts),
-            len(rollouts),
-        ),
-        "verifier/timeouts": sum(reason == "timeout" for reason in reasons),
-        "verifier/failures": sum(reason == "crashed" or reason.startswith("raised") for reason in reasons),
-        "hpt/rate_hist": np.bincount(np.asarray(gated.solved, np.int64), minlength=group_size + 1).tolist(),
+    for place, name in enumerate(reward_names):
+        values = [verdicts[place].reward for verdicts in step.verdicts.values()]
+        row[f"rewards/{name}/mean"] = (sum(values), len(values))
+    return (
+        row
+        | _advantage_metrics(updates)
+        | {
+            "critic/score/mean": (rewards.sum(), rewards.size),
+            "critic/score/max": rewards.max(),
+            "critic/score/min": rewards.min(),
+            "batch/solve_none": np.sum(gated.solved == 0),
+            "batch/solve_all": np.sum(gated.solved == group_size),
+            "batch/solved": np.sum(gated.solved > 0),
+            "group/zero_std_frac": (
+                sum(len({sample.reward for sample in group}) == 1 for group in groups),
+                len(groups),
+            ),
+            "response_length/mean": (lengths.sum(), lengths.size),
+            "response_length/max": lengths.max(),
+            "response_length/min": lengths.min(),
+            "response_length/clip_ratio": (
+                sum(sample.finish_reason == FinishReason.LENGTH for sample in rollouts),
+                len(rollouts),
+            ),
+            "verifier/timeouts": sum(reason == "timeout" for reason in reasons),
+            "verifier/failures": sum(reason == "crashed" or reason.startswith("raised") for reason in reasons),
+            "hpt/rate_hist": np.bincount(np.asarray(gated.solved, np.int64), minlength=group_size + 1).tolist(),
+        }
+    )
+
+
+def _advantage_metrics(updates: Sequence[Update]) -> dict[str, Any]:
+    """Advantages of the live rollout tokens, as they were packed."""
+    planes = [micro.planes["rl"] for update in updates for micro in update.micro_batches if "rl" in micro.planes]
+    values = np.concatenate(
+        [np.asarray(plane.advantages)[np.asarray(plane.weights) > 0] for plane in planes] or [np.zeros(0)]
+    )
+    if not values.size:
+        return {}
+    return {
+        "critic/advantages/mean": (values.sum(dtype=np.float64), values.size),
+        "critic/advantages/max": values.max(),
+        "critic/advantages/min": values.min(),
     }
 
 
@@ -106,6 +145,8 @@ def update_metrics(step: OpenStep, updates: Sequence[Update], seconds: Mapping[s
         "train/updates": len(rows),
         "perf/trained_tokens": trained,
         "perf/generated_tokens": generated,
+        "perf/total_num_tokens": trained + generated,
+        "perf/cpu_memory_used_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "perf/packed_tokens": sum(target_length(sample) for update in updates for sample in update.samples),
         "perf/prefilled_tokens": sum(prompts.values()),
         "perf/time_per_step": sum(seconds.values()),

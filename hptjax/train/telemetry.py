@@ -245,7 +245,6 @@ def rollout_row(
     objective: str,
     group_solved: int,
     finish_reason: str,
-    advantage: float | None = None,
     answer: Mapping[str, Any] | None = None,
     completion_tokens: int | None = None,
 ) -> dict[str, Any]:
@@ -265,7 +264,6 @@ def rollout_row(
         "gate": objective,
         "group_solved": group_solved,
         "finish_reason": finish_reason,
-        "advantage": advantage,
         "answer": None if answer is None else dict(answer),
         "completion_tokens": completion_tokens,
     }
