@@ -266,3 +266,14 @@ def test_resume_of_a_finished_run_with_more_steps_is_the_longer_run(shared, tmp_
             build_run.train(shorter, quiet=True)
     assert all(map(np.array_equal, final_state(longer), final_state(shared)))
     assert [row["step"] for row in rows(longer, "metrics.jsonl") if "witness/ok" in row] == [1, 2, 3, 4]
+
+
+def test_resume_refuses_other_base_weights(tmp_path):
+    """The same shapes with other numbers are another model: a checkpoint knows which it started from."""
+    from hptjax.build.parts import files_digest
+
+    (tmp_path / "model.safetensors").write_bytes(b"a" * 3_000_000)
+    before = files_digest(tmp_path, "*.safetensors")
+    assert files_digest(tmp_path, "*.safetensors") == before
+    (tmp_path / "model.safetensors").write_bytes(b"a" * 2_999_999 + b"b")
+    assert files_digest(tmp_path, "*.safetensors") != before

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from hptjax.rewards.pool import RewardPool
 from hptjax.rundir import compile_cache_folder
 
 TRAIN_KEY, EVALUATION_KEY = 0, 1  # what the run's random key is split by
+DIGEST_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +57,26 @@ def use_compile_cache() -> None:
 
 
 def fingerprint(parts: Parts) -> dict[str, Any]:
-    """What a checkpoint must share with this run to be taken up."""
+    """What a checkpoint must share with this run to be taken up: model, base weights, tokenizer, objective, seed."""
     config = parts.config
-    return {"model": dataclasses.asdict(parts.policy.config), "config": resolved(config)["hpt"], "seed": config.seed}
+    tokenizer = config.model.tokenizer or config.model.path or ""
+    return {
+        "model": dataclasses.asdict(parts.policy.config),
+        "base_weights": None if config.model.path is None else files_digest(Path(config.model.path), "*.safetensors"),
+        "tokenizer": files_digest(Path(tokenizer), "tokenizer.json"),
+        "config": resolved(config)["hpt"],
+        "seed": config.seed,
+    }
+
+
+def files_digest(folder: Path, pattern: str) -> str:
+    """A digest of the matching files: their names, sizes, and first and last MiB, so that 15 GB cost no minute."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(DIGEST_BYTES))
+            file.seek(max(size - DIGEST_BYTES, 0))
+            digest.update(file.read(DIGEST_BYTES))
+    return digest.hexdigest()[:16]

@@ -30,6 +30,7 @@ from hptjax.train.state import TrainState, init_state, jit_step, placed, state_s
 from hptjax.train.step import Losses, make_micro_step, make_named_gradients
 from hptjax.types import MicroBatch, Params
 
+STAGE_SEED_STRIDE = 1_000_003  # so that stages of runs with neighbouring seeds do not share an order
 ROUNDS_PER_STAGE = 1 << 16  # more passes over the data than a stage makes, so that rounds of stages never meet
 
 
@@ -85,7 +86,7 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         stream=QuestionStream(
             train,
             questions_per_step=questions,
-            seed=config.seed + index,
+            seed=config.seed + index * STAGE_SEED_STRIDE,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ),

@@ -130,7 +130,9 @@ def merge_stats(totals: dict[str, list[float]], stats: Mapping[str, Any]) -> Non
 def update_metrics(step: OpenStep, updates: Sequence[Update], seconds: Mapping[str, float]) -> dict[str, Any]:
     """What the updates of a step say: losses, norms, the witness, times and throughput."""
     row: dict[str, Any] = {
-        name: parts[0] if len(parts) == 1 else (parts[0], parts[1]) for name, parts in step.stats.items()
+        name: parts[0] if len(parts) == 1 else (parts[0], parts[1])
+        for name, parts in step.stats.items()
+        if len(parts) == 1 or parts[1] > 0  # what no token was counted for is absent, not NaN
     }
     rows = step.ledger_rows
     trained = sum(int(update.planned_tokens.sum()) for update in updates)
