@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from hptjax.build.data import build_examples, build_task
+from hptjax.build.data import build_splits, build_task
 from hptjax.config_load import load_config
 from hptjax.data.tokenizer import decode, encode_demonstration, encode_prompt, load_tokenizer
 from hptjax.models.folder import load_folder
@@ -22,8 +22,8 @@ def canonical(path):
     """Split name -> the canonical instances of a shipped config."""
     config = load_config(path)
     return {
-        name: {example.canonical for example in examples}
-        for name, examples in build_examples(config, build_task(config.task)).items()
+        name: {instance.canonical for instance in instances}
+        for name, instances in build_splits(config, build_task(config.task)).items()
     }
 
 

@@ -47,33 +47,31 @@ def build_task(task: TaskConfig, *, corrupt: float = 0.0) -> Task:
     )
 
 
-def build_examples(config: Config, task: Task) -> dict[str, list[Example]]:
-    """Split name -> examples; the splits share no canonical instance, and question ids are unique over all.
+def build_splits(config: Config, task: Task) -> dict[str, list[Any]]:
+    """Split name -> instances, as `train`, `validation` and `test`; they share no canonical instance.
 
     Which split an instance belongs to depends on itself and `data.split_seed` alone, so it does not move when another
     size changes; the base model's share (`data.fractions.base`) never meets a question of a later run.
     """
     data = config.data
+    fractions = {name: share for name, share in dataclasses.asdict(data.fractions).items() if share > 0}
     limits = {
-        "train": data.train_questions,
         data.train_split: data.train_questions,
         "validation": data.validation_questions,
         "test": data.test_questions,
     }
-    fractions = {name: share for name, share in dataclasses.asdict(data.fractions).items() if share > 0}
     instances = task.generate(config.task.seed, config.task.instances)
-    splits = split_by_canonical(
-        instances,
-        seed=data.split_seed,
-        fractions=fractions,
-        limits={name: limit for name, limit in limits.items() if name in fractions},
-    )
+    splits = split_by_canonical(instances, seed=data.split_seed, fractions=fractions, limits=limits)
+    return {"train": splits[data.train_split], "validation": splits["validation"], "test": splits["test"]}
+
+
+def build_examples(config: Config, task: Task) -> dict[str, list[Example]]:
+    """The splits as text; question ids are unique over all of them."""
     corpus = build_task(config.task, corrupt=config.task.corrupt)
-    wanted = {"train": (corpus, data.train_split), "validation": (task, "validation"), "test": (task, "test")}
     written: dict[str, list[Example]] = {}
     used = 0
-    for name, (writer, split) in wanted.items():
-        examples = writer.write(splits[split], config.task.seed)
+    for name, instances in build_splits(config, task).items():
+        examples = (corpus if name == "train" else task).write(instances, config.task.seed)
         written[name] = [dataclasses.replace(e, question_id=e.question_id + used) for e in examples]
         used += len(examples)
     return written
