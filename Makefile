@@ -34,8 +34,8 @@ base-model: $(STAMP)
 	$(BIN)/hptjax train configs/base_model.toml
 
 lint: $(STAMP)
-	$(BIN)/ruff format --check hptjax tests launch
-	$(BIN)/ruff check hptjax tests launch
+	$(BIN)/ruff format --check hptjax tests launch benchmarks
+	$(BIN)/ruff check hptjax tests launch benchmarks
 	$(BIN)/mypy
 
 venv: $(STAMP)

@@ -202,6 +202,46 @@ def test_resume_after_a_clean_stop_keeps_samples_and_open_sums(uninterrupted, tm
     same_run(uninterrupted, config)
 
 
+@pytest.mark.parametrize("added", [1, 2, 4, 7])
+def test_resume_between_micro_batches_keeps_the_open_sums(uninterrupted, tmp_path, monkeypatch, added):
+    """SIGTERM after n micro-batches or more, inside an open window: none of it is lost or added twice."""
+    config = dataclasses.replace(uninterrupted, runs_dir=str(tmp_path / "runs"))
+    original = loop.run
+    count = [0]
+    open_windows = []
+
+    def stopping_run(stages, state, progress, world, cadence):
+        def counted(micro_step):
+            def step(*arguments):
+                count[0] += 1
+                return micro_step(*arguments)
+
+            return step
+
+        def should_stop():
+            inside = progress.open_step is not None and progress.open_step.micro_index > 0
+            if count[0] < added or not inside or open_windows:
+                return False
+            open_windows.append(progress.open_step.micro_index)
+            return True
+
+        return original(
+            [dataclasses.replace(stage, micro_step=counted(stage.micro_step)) for stage in stages],
+            state,
+            progress,
+            dataclasses.replace(world, should_stop=should_stop),
+            cadence,
+        )
+
+    monkeypatch.setattr("hptjax.build.run.run", stopping_run)
+    with pytest.raises(SystemExit):
+        build_run.train(config, quiet=True)
+    assert open_windows  # the stop fell inside a window, not between two
+    monkeypatch.setattr("hptjax.build.run.run", original)
+    build_run.train(config, quiet=True)
+    same_run(uninterrupted, config)
+
+
 def start(folder: Path) -> subprocess.Popen:
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
