@@ -28,7 +28,10 @@ def main() -> None:
     options = parser.parse_args()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     runs = [measure(command) for _ in range(options.n)]
-    for name, values, unit in (("wall", [run[0] for run in runs], "s"), ("peak memory", [run[1] for run in runs], "MiB")):
+    for name, values, unit in (
+        ("wall", [run[0] for run in runs], "s"),
+        ("peak memory", [run[1] for run in runs], "MiB"),
+    ):
         print(f"{name:12s} {statistics.median(values):8.1f} {unit}  [{min(values):.1f}, {max(values):.1f}]")
     print(f"exit status  {sorted({run[2] for run in runs})}, {options.n} run(s) of: {' '.join(command)}")
 
