@@ -28,7 +28,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not gpu and not tpu"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not tpu"
 
 base-model: $(STAMP)
 	$(BIN)/hptjax train configs/base_model.toml
