@@ -259,23 +259,40 @@ def finish(folder: Path) -> None:
     assert process.returncode == 0, errors.decode()[-2000:]
 
 
+def wait_for_training(process: subprocess.Popen, folder: Path) -> None:
+    """Returns when the evaluation before the first step is written: from here on there is something to lose."""
+    metrics = folder / "runs" / "tiny" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None, "the run ended before its first row"
+        time.sleep(0.005)
+
+
 @pytest.fixture(scope="module")
 def whole_process(tmp_path_factory):
+    """A run that nobody kills (the second one, so that its programs are cached), and the seconds that it trains."""
+    finish(tmp_path_factory.mktemp("compile"))
     folder = tmp_path_factory.mktemp("process")
+    process = start(folder)
+    wait_for_training(process, folder)
     began = time.monotonic()
-    finish(folder)
-    return tiny.tiny_config(folder), time.monotonic() - began
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()[-2000:]
+    return tiny.killed_config(folder), time.monotonic() - began
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
 def test_resume_after_kill_9_is_bitwise(whole_process, tmp_path, seed):
+    """Killed at a random time between the first evaluation and the end: rollouts, micro-batches, saves, evaluations."""
     whole, seconds = whole_process
     process = start(tmp_path)
-    time.sleep(random.Random(seed).uniform(0.3, 0.95) * seconds)
+    wait_for_training(process, tmp_path)
+    time.sleep(random.Random(seed).uniform(0.0, 0.9) * seconds)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    kept = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().count("witness/ok")
+    print(f"killed by {-process.returncode} after {kept} of 12 steps")
     finish(tmp_path)
-    same_run(whole, tiny.tiny_config(tmp_path))
+    same_run(whole, tiny.killed_config(tmp_path))
 
 
 def test_resume_refuses_a_changed_config_and_names_the_fields(uninterrupted):
