@@ -35,17 +35,17 @@ def held(folder: pathlib.Path) -> Iterator[None]:
     Raises ValueError where another process holds it. Where files cannot be locked, nothing is held.
     """
     with contextlib.ExitStack() as files:
-        try:
+        # no locks on this file system, or a folder that cannot be made: then the first write says so
+        with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             file = files.enter_context((folder / LOCK_FILE).open("a"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"expected run folder '{folder}' to be free, got one that another process is training in; wait for it, "
-                "stop it, or give the run another name (--name)."
-            ) from None
-        except OSError:  # a file system without locks, or a folder that cannot be made: the first write says so
-            pass
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"expected run folder '{folder}' to be free, got one that another process is training in; wait for "
+                    "it, stop it, or give the run another name (--name)."
+                ) from None
         yield
 
 
