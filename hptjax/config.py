@@ -190,6 +190,7 @@ class TrainConfig:
 
     steps: int = 60  # rollout batches of the last stage
     updates_per_rollout_batch: int = 1  # optimizer updates per step; the later ones are off-policy
+    checksum_every: int = 1  # updates between checks of every leaf's gradient sum; 0: the first, and after a resume
     eval_every: int = 20  # steps; 0: only at the start and the end
     probe_every: int = 10  # steps between gradient-norm probes per objective; 0: never
     rollouts_every: int = 10  # steps between rollout files; 0: never

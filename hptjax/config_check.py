@@ -21,8 +21,8 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = (
     "seed task.seed task.low task.target_low task.max_value data.split_seed "
     "rollout.top_k optimizer.end_fraction hpt.sft_coefficient hpt.rl_coefficient hpt.entropy_coefficient "
-    "hpt.kl_coefficient optimizer.warmup_steps optimizer.weight_decay train.eval_every train.probe_every "
-    "train.rollouts_every train.panel_questions eval.train_questions checkpoint.keep_best"
+    "hpt.kl_coefficient optimizer.warmup_steps optimizer.weight_decay train.checksum_every train.eval_every "
+    "train.probe_every train.rollouts_every train.panel_questions eval.train_questions checkpoint.keep_best"
 ).split()
 ABOVE_ZERO = (
     "rollout.temperature rollout.top_p reward.deadline_s optimizer.learning_rate optimizer.eps eval.temperature "

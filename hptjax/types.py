@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from flax import struct
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt32
 
 Array = Any  # a jax.Array on a device or an np.ndarray on the host; shapes are written with jaxtyping
 Params = Any  # a pytree of arrays
@@ -42,10 +42,13 @@ class MicroBatch:
       sampler_logprobs, rollout_logprobs, reference_logprobs: nats; zeros where a method does not need them.
       temperature: per segment; 1 for demonstrations and empty segments.
       sample_index: per segment, the place in the update's flat list; -1 where there is no segment.
+      sample_hash: per segment, 64 mixed bits of the sample's id, as two words; noise is keyed by it. 0 if no segment.
       source: per segment, a `Source`; -1 where there is no segment.
       micro_index: which micro-batch of its update this is, 0 upwards.
       planned_tokens: live tokens of every micro-batch of the update, counted on the host from the samples, not from
         the packed arrays; zeros past the last. The witness is compared with it.
+      planned_digest: per micro-batch of the update, the sum of its samples' hashes, each word modulo 2^32, from the
+        list of their ids. What the packed rows hold is compared with it.
     """
 
     input_tokens: Int[Array, "B T"]
@@ -59,9 +62,11 @@ class MicroBatch:
     reference_logprobs: Float[Array, "B T"]
     temperature: Float[Array, "B S"]
     sample_index: Int[Array, "B S"]
+    sample_hash: UInt32[Array, "B S 2"]
     source: Int[Array, "B S"]
     micro_index: Int[Array, ""]
     planned_tokens: Int[Array, " M"]
+    planned_digest: UInt32[Array, "M 2"]
 
 
 @struct.dataclass

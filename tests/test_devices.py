@@ -21,7 +21,7 @@ from hptjax.models.folder import save_folder
 from hptjax.models.shape import DecoderConfig
 from hptjax.records import Request, SampleId, Source
 from hptjax.sharding.host import to_host
-from hptjax.sharding.mesh import put_micro_batch
+from hptjax.sharding.mesh import REPLICATED_FIELDS, put_micro_batch
 from hptjax.train.accumulate import Status
 from tests import recorded, tiny
 
@@ -299,6 +299,9 @@ def test_build_names_what_a_mesh_cannot_hold(folder, eight_devices):
     with pytest.raises(ValueError, match=r"of size (20|4) .* change mesh\.tensor"):
         build_policy(config_of(folder, 1, 8))
     policy, stage = built(folder, 4, 2)
-    rows = jax.tree.map(lambda leaf: leaf[:6] if leaf.ndim == 2 else leaf, update_of(stage, 0).micro_batches[0])
+    whole = update_of(stage, 0).micro_batches[0]
+    names = [field.name for field in dataclasses.fields(whole) if field.name not in REPLICATED_FIELDS]
+    rows = {name: jax.tree.map(lambda leaf: leaf[:6], getattr(whole, name)) for name in names}
+    rows = dataclasses.replace(whole, **rows)
     with pytest.raises(ValueError, match=r"'batch' of size 6 .* change mesh\.data"):
         put_micro_batch(policy.mesh, rows)

@@ -157,9 +157,11 @@ def demonstration_batch(live, fill: float) -> tuple[MicroBatch, np.ndarray]:
         reference_logprobs=floats,
         temperature=np.ones((live.shape[0], 1), np.float32),
         sample_index=segments,
+        sample_hash=np.zeros((live.shape[0], 1, 2), np.uint32),
         source=segments,
         micro_index=np.int32(0),
         planned_tokens=np.zeros(2, np.int32),
+        planned_digest=np.zeros((2, 2), np.uint32),
     )
     return batch, logprobs
 

@@ -185,9 +185,11 @@ def test_a_micro_batch_has_its_rows_over_data(eight_devices):
         reference_logprobs=floats(rows, tokens),
         temperature=floats(rows, segments),
         sample_index=integers(rows, segments),
+        sample_hash=integers(rows, segments, 2).astype(np.uint32),
         source=integers(rows, segments),
         micro_index=np.asarray(1, np.int32),
         planned_tokens=integers(8),  # as many as there are rows, and still replicated
+        planned_digest=integers(8, 2).astype(np.uint32),
     )
     placed = put_micro_batch(mesh, batch)
     for put, whole in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hptjax.hpt.digest import digest, sample_hashes
+from hptjax.records import SampleId
 from hptjax.train.state import TrainState, init_state
 from hptjax.train.step import make_micro_step
 from hptjax.types import MicroBatch, SumCount, TermPlane
@@ -26,9 +28,16 @@ def rows_of(rng: np.random.Generator, rows: int, width: int = 5) -> tuple[np.nda
 
 
 def micro_batch(
-    tokens: np.ndarray, mask: np.ndarray, weights: np.ndarray, index: int, planned: np.ndarray
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    weights: np.ndarray,
+    index: int,
+    planned: np.ndarray,
+    *,
+    hashes: np.ndarray | None = None,
+    planned_digest: np.ndarray | None = None,
 ) -> MicroBatch:
-    """One micro-batch with a single plane `toy` and one segment per row."""
+    """One micro-batch with a single plane `toy` and one segment per row; without hashes all samples look alike."""
     rows, width = tokens.shape
     zeros = np.zeros((rows, width), np.float32)
     return MicroBatch(
@@ -43,9 +52,11 @@ def micro_batch(
         reference_logprobs=zeros,
         temperature=np.ones((rows, 1), np.float32),
         sample_index=np.zeros((rows, 1), np.int32),
+        sample_hash=np.zeros((rows, 1, 2), np.uint32) if hashes is None else hashes[:, None, :],
         source=np.zeros((rows, 1), np.int32),
         micro_index=np.asarray(index, np.int32),
         planned_tokens=planned,
+        planned_digest=np.zeros((len(planned), 2), np.uint32) if planned_digest is None else planned_digest,
     )
 
 
@@ -53,9 +64,11 @@ def window(
     tokens: np.ndarray, mask: np.ndarray, weights: np.ndarray, cuts: Sequence[Sequence[int]], *, pad_rows: int
 ) -> list[MicroBatch]:
     """Micro-batches holding the given row indices each, padded with empty rows to one static shape."""
-    planned = np.zeros(MAX_MICRO, np.int32)
+    planned, planned_digest = np.zeros(MAX_MICRO, np.int32), np.zeros((MAX_MICRO, 2), np.uint32)
+    hashes = sample_hashes([SampleId(row, 0, 0) for row in range(len(tokens))])
     for index, rows in enumerate(cuts):
         planned[index] = mask[list(rows)].sum()
+        planned_digest[index] = digest(hashes[[row for row in rows if mask[row].any()]])
     batches = []
     for index, rows in enumerate(cuts):
         take = np.full(pad_rows, -1)
@@ -68,6 +81,8 @@ def window(
                 np.where(live[:, None], weights[take], 0).astype(np.float32),
                 index,
                 planned,
+                hashes=np.where(live[:, None], hashes[take], 0).astype(np.uint32),
+                planned_digest=planned_digest,
             )
         )
     return batches

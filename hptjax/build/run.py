@@ -23,10 +23,13 @@ from hptjax.config import Config
 from hptjax.masked import mean
 from hptjax.records import Question
 from hptjax.rundir import held, open_run_folder, read_json, run_folder, write_json
+from hptjax.sharding.host import to_host
 from hptjax.train.checkpoint import Checkpoints, open_checkpoints
 from hptjax.train.jsonl import open_jsonl, read_rows, truncate_after
+from hptjax.train.ledger import check_totals
 from hptjax.train.loop import Stopped, run
 from hptjax.train.stage import Progress, Stage, progress_from_host
+from hptjax.train.state import check_after_resume
 
 
 def train(config: Config, *, quiet: bool = False) -> dict[str, Any]:
@@ -103,6 +106,8 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
                 kept = "and saved at" if saver.saved else "without a checkpoint of"
                 telemetry.say(f"stopped {kept} step {progress.step}; the same command continues")
                 raise SystemExit(0) from None
+        if jax.process_index() == 0:
+            check_totals(read_rows(folder / "ledger.jsonl"), to_host(state.totals))
         if config.checkpoint.export_folder is not None:
             export(parts, state.params["policy"], Path(config.checkpoint.export_folder))
         _draw(config, folder, stages)
@@ -127,7 +132,7 @@ def _start_or_resume(
     progress = progress_from_host(restored.host, restored.arrays, questions)
     if progress.stage == len(stages) and progress.stage_step < stages[-1].steps:
         progress.stage -= 1  # the run had ended, and train.steps was raised since
-    return restored.state, progress
+    return check_after_resume(restored.state), progress
 
 
 def _drop_unsaved_rows(folder: Path, progress: Progress) -> None:

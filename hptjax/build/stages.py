@@ -78,7 +78,9 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         # the parameters that the run starts from are never donated: `start` copies them
         return dataclasses.replace(micro_batch, reference_logprobs=scorer(policy.params, micro_batch))
 
-    micro_step = make_micro_step(losses, optimizers, skip_norm=config.optimizer.skip_norm)
+    micro_step = make_micro_step(
+        losses, optimizers, skip_norm=config.optimizer.skip_norm, checksum_every=config.train.checksum_every
+    )
 
     return Stage(
         name=stage.method,
@@ -97,6 +99,7 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         updates_per_step=config.train.updates_per_rollout_batch,
         mask_overlong=config.hpt.mask_overlong,
         nonfinite=config.optimizer.nonfinite,
+        clip_norm=config.optimizer.clip_norm,
         start=start,
         micro_step=jit_step(micro_step, places),
         make_requests=build_requests(config, stop_ids(policy.tokenizer, config.rollout.stop_ids)),

@@ -97,6 +97,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("grad/norm_<term>", LAST, "1", "norm of one term's own summed gradient: norm_sft, norm_rl; every n steps"),
     Metric("grad/cos_sft_rl", LAST, "1", "cosine between the summed SFT and RL gradients; every n steps"),
     # evidence
+    Metric(
+        "witness/checksum",
+        MAX,
+        "ratio",
+        "largest gap between a leaf's gradient sum and its checksum, as a share of what rounding may cause",
+    ),
     Metric("witness/ok", MIN, "0 or 1", "1 where every update was the sum of all its micro-batches, once each"),
     Metric("rollout/logp_diff_mean", SUM_RATIO, "nats", "distance of sampler and trainer log-probs, mean over tokens"),
     Metric("rollout/logp_diff_max", MAX, "nats", "the largest such distance; above 1e-4 in fp32 is an alarm"),

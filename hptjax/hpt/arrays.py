@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt32
 
 from hptjax.hpt.terms import TermValues
 from hptjax.records import Sample, Source
@@ -18,7 +18,9 @@ def micro_batch_arrays(
     values: Mapping[str, TermValues],
     *,
     active: frozenset[str],
+    sample_hashes: UInt32[np.ndarray, "N 2"],
     planned_tokens: Int[np.ndarray, " M"],
+    planned_digest: UInt32[np.ndarray, "M 2"],
     rows: int,
     row_tokens: int,
     max_segments: int,
@@ -29,7 +31,7 @@ def micro_batch_arrays(
       layout: micro-batch -> row -> places in `samples`; each place once.
       values: term name -> what it says about each sample; becomes one plane.
       active: the terms whose tokens are live.
-      planned_tokens: goes into every micro-batch as it is.
+      sample_hashes: of the samples' ids. planned_tokens, planned_digest: go into every micro-batch as they are.
     Returns padding with token 0, segment 0, weight 0 and mask False.
     """
     count = len(samples)
@@ -48,9 +50,9 @@ def micro_batch_arrays(
         return np.zeros(len(layout) * rows * row_tokens, dtype)
 
     def segments_array(empty: int, dtype: type, entries: np.ndarray) -> np.ndarray:
-        array: np.ndarray = np.full(len(layout) * rows * max_segments, empty, dtype)
+        array: np.ndarray = np.full((len(layout) * rows * max_segments, *entries.shape[1:]), empty, dtype)
         array[segment] = entries
-        return array.reshape(len(layout), rows, max_segments)
+        return array.reshape(len(layout), rows, max_segments, *entries.shape[1:])
 
     def cut(array: np.ndarray) -> np.ndarray:
         return array.reshape(len(layout), rows, row_tokens)
@@ -78,6 +80,7 @@ def micro_batch_arrays(
     temperature = [1.0 if s.source == Source.DEMONSTRATION else s.temperature for s in samples]
     temperatures = segments_array(1, np.float32, np.asarray(temperature, np.float32))
     sample_index = segments_array(-1, np.int32, np.arange(count))
+    hashes = segments_array(0, np.uint32, sample_hashes)
     source = segments_array(-1, np.int32, np.asarray([int(s.source) for s in samples], np.int32))
     rollout_logprobs, reference_logprobs = cut(positions_array(np.float32)), cut(positions_array(np.float32))
     return tuple(
@@ -93,9 +96,11 @@ def micro_batch_arrays(
             reference_logprobs=reference_logprobs[m],
             temperature=temperatures[m],
             sample_index=sample_index[m],
+            sample_hash=hashes[m],
             source=source[m],
             micro_index=np.asarray(m, np.int32),
             planned_tokens=planned_tokens,
+            planned_digest=planned_digest,
         )
         for m in range(len(layout))
     )

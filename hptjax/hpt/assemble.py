@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt32
 
 from hptjax.hpt.arrays import micro_batch_arrays
+from hptjax.hpt.digest import digest, sample_hashes
 from hptjax.hpt.pack import group_rows, pack
 from hptjax.hpt.terms import Term, TermValues, live_token_counts, target_length, term_values
 from hptjax.masked import ratio
@@ -55,7 +56,7 @@ class Update:
       samples, sample_ids: the packed samples in the order of their ids; `MicroBatch.sample_index` counts in it.
       left_out: samples that were given but have no live token: dead, or in no term's population.
       terms, sources: counts by term name and by source (those that occur).
-      digest: order-independent digest of `sample_ids`, two uint32.
+      digest: `hpt.digest.digest` of `sample_ids`, taken before anything was packed.
       fill: packed positions (live and context) / positions of all micro-batches.
     """
 
@@ -66,7 +67,7 @@ class Update:
     left_out: int
     terms: Mapping[str, TermCount]
     sources: Mapping[Source, SourceCount]
-    digest: tuple[int, int]
+    digest: UInt32[np.ndarray, " 2"]
     fill: float
 
 
@@ -130,13 +131,19 @@ def assemble(
         )
     planned = np.zeros(max_micro_batches, np.int32)
     planned[: len(layout)] = [sum(int(live[members].sum()) for members in group) for group in layout]
+    hashes = sample_hashes(ids)
+    planned_digest = np.zeros((max_micro_batches, 2), np.uint32)
+    for m, group in enumerate(layout):
+        planned_digest[m] = digest(hashes[[i for members in group for i in members]])
     return Update(
         micro_batches=micro_batch_arrays(
             chosen,
             layout,
             dict(zip(names, values, strict=True)),
             active=frozenset(t.name for t in terms if t.coefficient > 0.0),
+            sample_hashes=hashes,
             planned_tokens=planned,
+            planned_digest=planned_digest,
             rows=rows,
             row_tokens=row_tokens,
             max_segments=max_segments,
@@ -147,32 +154,9 @@ def assemble(
         left_out=len(ordered) - len(chosen),
         terms={t.name: _term_count(t, v, chosen) for t, v in zip(terms, values, strict=True)},
         sources=_source_counts(chosen, live),
-        digest=sample_digest(ids),
+        digest=digest(hashes),
         fill=ratio(float(lengths.sum()), float(len(layout) * rows * row_tokens)),
     )
-
-
-def sample_digest(sample_ids: Sequence[SampleId]) -> tuple[int, int]:
-    """(sum mod 2^32, xor) of a mixed 32-bit hash of each id: equal for equal multisets of ids, in any order.
-
-    The sum sees a repeated id, where the xor of a pair cancels. The mixing is splitmix64's finaliser over the three
-    numbers of the id.
-    """
-    if not sample_ids:
-        return 0, 0
-    fields = np.asarray(sample_ids, np.int64).astype(np.uint64)  # [N 3]
-    state = np.zeros(len(sample_ids), np.uint64)
-    for column in fields.T:
-        state = _mix(state + column + np.uint64(0x9E3779B97F4A7C15))
-    hashes = (state >> np.uint64(32)).astype(np.uint32)
-    return int(hashes.sum(dtype=np.uint32)), int(np.bitwise_xor.reduce(hashes))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea, Flood 2014), elementwise on uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _check_limits(rows: int, row_tokens: int, max_segments: int, max_micro_batches: int) -> None:

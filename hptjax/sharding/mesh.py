@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hptjax.sharding.rules import DATA, TENSOR, partition_spec, place, replicated
 from hptjax.types import MicroBatch
 
-REPLICATED_FIELDS = ("micro_index", "planned_tokens")  # every other field of a micro-batch has rows
+REPLICATED_FIELDS = ("micro_index", "planned_tokens", "planned_digest")  # every other field of a micro-batch has rows
 
 
 def make_mesh(data: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:

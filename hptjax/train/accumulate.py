@@ -33,6 +33,8 @@ class Status(enum.IntEnum):
     NONFINITE = 2  # a micro-batch had a NaN or an infinity in its gradient
     NORM_SKIPPED = 3  # the norm before clipping was above the skip threshold
     WITNESS_MISMATCH = 4  # a micro-batch was lost, repeated or scaled
+    DIGEST_MISMATCH = 5  # a sample was lost or repeated
+    CHECKSUM_MISMATCH = 6  # a leaf's sum is not the sum of its gradients
 
 
 @struct.dataclass

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from hptjax.diagnostics.metrics import merge
 from hptjax.hpt.assemble import Update
-from hptjax.train.ledger import check, ledger_row
+from hptjax.train.ledger import AccumulationError, check, ledger_row
 from hptjax.train.open_step import OpenStep
 from hptjax.train.phases import assemble_updates, gate_step, judge_rollouts, roll_out
 from hptjax.train.stage import Cadence, Progress, Stage, World, progress_to_host
@@ -180,19 +180,23 @@ def _apply_updates(
             state = stage.micro_step(state, micro_batches[step.micro_index], world.flag(last))
             step.micro_index += 1
         report = world.read(state.report)
+        schedule_step = max(int(report.optimizer_steps) - 1 - progress.stage_updates, 0)
         entry = ledger_row(
             report,
+            update,
             step=progress.step + 1,
-            update=step.update_index,
-            planned_tokens=update.planned_tokens,
-            micro_batches=len(micro_batches),
-            term_tokens={name: count.tokens for name, count in update.terms.items()},
-            sequences=len(update.samples),
-            digest=update.digest,
-            learning_rate=stage.learning_rate(max(int(report.optimizer_steps) - 1 - progress.stage_updates, 0)),
+            place=step.update_index,
+            learning_rate=stage.learning_rate(schedule_step),
+            schedule_step=schedule_step,
+            clip_norm=stage.clip_norm,
         )
-        check(entry, nonfinite=stage.nonfinite)
         step.ledger_rows.append(entry)
+        try:
+            check(entry, nonfinite=stage.nonfinite)
+        except AccumulationError:
+            for row in step.ledger_rows:  # the evidence stays on disk; a resumed run drops it with the unfinished step
+                world.log_ledger(row)
+            raise
         stats = dict(report.stats)
         if step.update_index > 0:  # the weights have moved since the samples were drawn: no measure of the sampler
             stats = {name: stat for name, stat in stats.items() if not name.startswith("rollout/logp_diff")}

@@ -13,6 +13,7 @@ import numpy as np
 from hptjax.hpt.assemble import Update
 from hptjax.hpt.gate import gate, group_rollouts, select_live, solved_counts, split_questions
 from hptjax.records import FinishReason, Judge, MakeRequests, Objective, Sample, SampleId
+from hptjax.train.ledger import AccumulationError
 from hptjax.train.open_step import OpenStep
 from hptjax.types import Params
 
@@ -73,6 +74,8 @@ def gate_step(step: OpenStep, *, threshold: int, group_size: int) -> Gated:
 def assemble_updates(gated: Gated, *, updates: int, mask_overlong: bool, assemble: Assemble) -> list[Update]:
     """The packed updates of a step: whole questions, in stream order, each update with its own normalisers.
 
+    Raises AccumulationError where a live sample is in no update, or in two.
+
     Args
       mask_overlong: truncated rollouts count in their group's statistics and carry no weight.
     """
@@ -84,4 +87,10 @@ def assemble_updates(gated: Gated, *, updates: int, mask_overlong: bool, assembl
     for part in split_questions(order, updates):
         chosen = frozenset(part)
         packed.append(assemble([sample for sample in gated.live if sample.sample_id.question in chosen], dead))
+    accounted = sum(len(update.samples) + update.left_out for update in packed)
+    if accounted != len(gated.live):
+        raise AccumulationError(
+            f"the gate left {len(gated.live)} live samples, but the updates account for {accounted}: some were lost or "
+            "repeated between gate and packing; nothing was trained on them"
+        )
     return packed

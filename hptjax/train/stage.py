@@ -25,6 +25,7 @@ class Stage:
       updates_per_step: optimizer updates per rollout batch. score: set where the method needs the score pass; given
         (params, micro_batch) it returns log-probs under those parameters, [B T].
       start: parameters and lifetime totals -> the stage's first state, with fresh sums and optimizer.
+      nonfinite: "raise" or "skip_window". clip_norm: of the optimizer, for the ledger.
       micro_step: jitted and donated. learning_rate: optimizer step of this stage -> rate.
       probe: objective gradient norms of an update, (params, micro_batches) -> metrics; None where never asked.
       stream: next_batch, get_state, set_state; first_round is added to its rounds, so that no two stages share an id.
@@ -40,6 +41,7 @@ class Stage:
     updates_per_step: int
     mask_overlong: bool
     nonfinite: str
+    clip_norm: float | None
     start: Callable[[Mapping[str, Params], Any], TrainState]
     micro_step: Callable[[TrainState, MicroBatch, Any], TrainState]
     make_requests: MakeRequests

@@ -5,6 +5,7 @@ It may be saved between any two calls of `micro_step`: the open window's sums ar
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, UInt32
 
 from hptjax.train.accumulate import Status, Sums, zero_sums
+from hptjax.train.checksum import NOT_CHECKED, LeafChecks, zero_checks
 from hptjax.types import Array, MicroBatch, Params, Stat
 
 LIMB = 2**31  # lifetime totals are kept as two int32 limbs: total = high * 2^31 + low
@@ -35,11 +37,20 @@ class Window:
 
     Args
       micro_batches, tokens: counted as they were added. first_nonfinite: index of the first bad micro-batch, or -1.
+      empty_micro_batches: those without a live token.
+      digest: per micro-batch, the sum of the hashes of the samples that its rows held, each word modulo 2^32.
+      checked: whether this window's sums are checked leaf by leaf (`checks`, per chain). check_next: whether the next
+        one's are, even if it is not its turn: set after a resume inside a window that is not checked.
       stats: metric sums and peaks over the window so far.
     """
 
     micro_batches: Int[Array, ""]
+    empty_micro_batches: Int[Array, ""]
     tokens: Int[Array, ""]
+    digest: UInt32[Array, "M 2"]
+    checked: Bool[Array, ""]
+    check_next: Bool[Array, ""]
+    checks: dict[str, LeafChecks]
     first_nonfinite: Int[Array, ""]
     stats: dict[str, Stat]
 
@@ -52,12 +63,17 @@ class Report:
       status: a `Status`. bad_micro_batch: the one to blame, or -1.
       grad_norm: per chain, of the summed gradient before clipping.
       optimizer_steps: updates applied so far, this one included; schedules count in it.
+      digest: of the samples of all micro-batches. leaf_residual: per chain, a tree of `LeafChecks.residual`; -1 where
+        the window was not checked.
     """
 
     status: Int[Array, ""]
     bad_micro_batch: Int[Array, ""]
     micro_batches: Int[Array, ""]
+    empty_micro_batches: Int[Array, ""]
     tokens: Int[Array, ""]
+    digest: UInt32[Array, " 2"]
+    leaf_residual: dict[str, Params]
     windows: Int[Array, ""]
     optimizer_steps: Int[Array, ""]
     grad_norm: dict[str, Float[Array, ""]]
@@ -92,11 +108,18 @@ MicroStep = Callable[[TrainState, MicroBatch, Any], TrainState]
 """State, micro-batch, whether it is the window's last -> state."""
 
 
-def empty_window(stats: Mapping[str, Stat]) -> Window:
+def empty_window(
+    params: Mapping[str, Params], stats: Mapping[str, Stat], max_micro_batches: int, *, checked: Any
+) -> Window:
     """A window with nothing in it; `stats` gives the names and kinds (their values are ignored)."""
     return Window(
         micro_batches=jnp.zeros((), jnp.int32),
+        empty_micro_batches=jnp.zeros((), jnp.int32),
         tokens=jnp.zeros((), jnp.int32),
+        digest=jnp.zeros((max_micro_batches, 2), jnp.uint32),
+        checked=jnp.asarray(checked),
+        check_next=jnp.zeros((), bool),
+        checks={name: zero_checks(tree) for name, tree in params.items()},
         first_nonfinite=jnp.full((), -1, jnp.int32),
         stats=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), dict(stats)),
     )
@@ -108,18 +131,23 @@ def init_state(
     stats: Mapping[str, Stat],
     max_micro_batches: int,
 ) -> TrainState:
-    """A fresh state: the given parameters, empty sums, fresh optimizer states, all counters 0."""
+    """A fresh state: the given parameters, empty sums, fresh optimizer states, all counters 0.
+
+    The first window is checked leaf by leaf. Sums and optimizer states are fp32, whatever the dtype of the parameters.
+    """
     if set(params) != set(optimizers):
         raise ValueError(f"expected one optimizer chain per parameter tree {sorted(params)}, got {sorted(optimizers)}")
 
     def zero() -> Array:
         return jnp.zeros((), jnp.int32)  # a buffer each: donated trees must not share one
 
-    window = empty_window(stats)
+    window = empty_window(params, stats, max_micro_batches, checked=True)
     return TrainState(
         params=dict(params),
         chains={
-            name: Chain(sums=zero_sums(params[name], max_micro_batches), optimizer=optimizers[name].init(params[name]))
+            name: Chain(
+                sums=zero_sums(params[name], max_micro_batches), optimizer=optimizers[name].init(wide(params[name]))
+            )
             for name in params
         },
         window=window,
@@ -128,7 +156,13 @@ def init_state(
             status=jnp.full((), int(Status.EMPTY), jnp.int32),
             bad_micro_batch=jnp.full((), -1, jnp.int32),
             micro_batches=zero(),
+            empty_micro_batches=zero(),
             tokens=zero(),
+            digest=jnp.zeros(2, jnp.uint32),
+            leaf_residual={
+                name: jax.tree.map(lambda _: jnp.full((), NOT_CHECKED, jnp.float32), tree)
+                for name, tree in params.items()
+            },
             windows=zero(),
             optimizer_steps=zero(),
             grad_norm={name: jnp.zeros((), jnp.float32) for name in params},
@@ -136,6 +170,21 @@ def init_state(
             stats=jax.tree.map(jnp.copy, window.stats),
         ),
     )
+
+
+def wide(params: Params) -> Params:
+    """The parameters in fp32: what optimizers see."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
+
+def check_after_resume(state: TrainState) -> TrainState:
+    """The state as it goes on after a restore: its leaf sums are checked from here, or from the next window on."""
+    window = state.window
+    checked = window.checked | (window.micro_batches == 0)
+    check_next = window.check_next | ~checked
+    places = (window.checked.sharding, window.check_next.sharding)
+    checked, check_next = jax.device_put((checked, check_next), places)
+    return dataclasses.replace(state, window=dataclasses.replace(window, checked=checked, check_next=check_next))
 
 
 def state_shardings(

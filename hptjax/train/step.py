@@ -9,13 +9,13 @@ NaN in a window can neither leak into parameters nor survive into the next windo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt32
 
 from hptjax.train.accumulate import (
     EXACT_FLOAT32_INTEGERS,
@@ -27,7 +27,8 @@ from hptjax.train.accumulate import (
     witness_loss,
     zero_sums,
 )
-from hptjax.train.state import LIMB, Chain, Report, Totals, TrainState, Window, empty_window
+from hptjax.train.checksum import NOT_CHECKED, LeafChecks, first_wrong, holds, observe
+from hptjax.train.state import LIMB, Chain, Report, Totals, TrainState, Window, empty_window, wide
 from hptjax.types import Array, MicroBatch, Params, Peak, Stat, SumCount
 
 Losses = Callable[[Mapping[str, Params], MicroBatch], tuple[dict[str, Any], dict[str, Stat]]]
@@ -48,6 +49,7 @@ def make_micro_step(
     optimizers: Mapping[str, optax.GradientTransformation],
     *,
     skip_norm: float | None = None,
+    checksum_every: int = 1,
 ) -> Callable[[TrainState, MicroBatch, Bool[Array, ""]], TrainState]:
     """The step function of a run, to be jitted with its state donated.
 
@@ -55,10 +57,11 @@ def make_micro_step(
       losses: one fused backward differentiates the sum of its values with respect to every named tree.
       optimizers: per tree, an optax chain that is called once per window with the summed gradient (clip first).
       skip_norm: a window whose largest chain norm, before clipping, is above it changes nothing and is counted.
+      checksum_every: the sums of window 0, n, 2n, ... are checked leaf by leaf; 0: of window 0 only.
 
     Returns `micro_step(state, micro_batch, is_last)`. Within a window the micro-batches carry `micro_index` 0, 1, ...
-    and the same `planned_tokens`. After `is_last` the outcome is in `state.report`; the schedule, the moments and the
-    parameters move only if its status is `UPDATED`.
+    and the same plan (`planned_tokens`, `planned_digest`). After `is_last` the outcome is in `state.report`; the
+    schedule, the moments and the parameters move only if its status is `UPDATED`.
     """
 
     def fused_loss(
@@ -70,13 +73,21 @@ def make_micro_step(
             total = total + named[name].astype(jnp.float32)
         return total, stats
 
-    def flush(state: TrainState, planned_tokens: Int[Array, " M"]) -> TrainState:
+    def flush(state: TrainState, micro_batch: MicroBatch) -> TrainState:
+        planned_tokens, window = micro_batch.planned_tokens, state.window
         norms = {name: optax.tree.norm(chain.sums.gradients) for name, chain in state.chains.items()}
-        agrees = jnp.all(jnp.stack([witness_agrees(chain.sums, planned_tokens) for chain in state.chains.values()]))
-        disagreement = jnp.max(
-            jnp.stack([first_disagreement(chain.sums, planned_tokens) for chain in state.chains.values()])
-        )
-        status = _status(state.window, jnp.sum(planned_tokens), agrees, norms, skip_norm)
+        chain_sums = [chain.sums for chain in state.chains.values()]
+        evidence = [
+            Evidence(
+                Status.WITNESS_MISMATCH,
+                jnp.all(jnp.stack([witness_agrees(sums, planned_tokens) for sums in chain_sums])),
+                jnp.max(jnp.stack([first_disagreement(sums, planned_tokens) for sums in chain_sums])),
+            ),
+            _digest_evidence(window.digest, micro_batch.planned_digest),
+            Evidence(Status.NONFINITE, window.first_nonfinite < 0, window.first_nonfinite),
+            _checksum_evidence(window),
+        ]
+        status, bad_micro_batch = _status(evidence, jnp.sum(planned_tokens), norms, skip_norm)
         updated = status == Status.UPDATED
 
         def advance(params: dict[str, Params], chains: dict[str, Chain]) -> tuple[dict[str, Params], dict[str, Any]]:
@@ -84,38 +95,41 @@ def make_micro_step(
             for name, chain in chains.items():
                 with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
                     updates, new_optimizers[name] = optimizers[name].update(
-                        chain.sums.gradients, chain.optimizer, params[name]
+                        chain.sums.gradients, chain.optimizer, wide(params[name])
                     )
-                new_params[name] = optax.apply_updates(params[name], updates)
+                    new_params[name] = optax.apply_updates(params[name], updates)
             return new_params, new_optimizers
 
         def stay(params: dict[str, Params], chains: dict[str, Chain]) -> tuple[dict[str, Params], dict[str, Any]]:
             return params, {name: chain.optimizer for name, chain in chains.items()}
 
         params, optimizer_states = jax.lax.cond(updated, advance, stay, state.params, state.chains)
-        totals = _advance_totals(state.totals, state.window, updated)
+        totals = _advance_totals(state.totals, window, updated)
         report = Report(
             status=status,
-            bad_micro_batch=jnp.where(
-                status == Status.NONFINITE,
-                state.window.first_nonfinite,
-                jnp.where(status == Status.WITNESS_MISMATCH, disagreement, -1),
-            ),
-            micro_batches=state.window.micro_batches,
-            tokens=state.window.tokens,
+            bad_micro_batch=bad_micro_batch,
+            micro_batches=window.micro_batches,
+            empty_micro_batches=window.empty_micro_batches,
+            tokens=window.tokens,
+            digest=jnp.sum(window.digest, axis=0, dtype=jnp.uint32),
+            leaf_residual={
+                name: jax.tree.map(lambda residual: jnp.where(window.checked, residual, NOT_CHECKED), checks.residual)
+                for name, checks in window.checks.items()
+            },
             windows=totals.windows,
             optimizer_steps=totals.optimizer_steps,
             grad_norm=norms,
-            witness=next(iter(state.chains.values())).sums.witness,
-            stats=state.window.stats,
+            witness=chain_sums[0].witness,
+            stats=window.stats,
         )
+        due = totals.windows % checksum_every == 0 if checksum_every else jnp.zeros((), bool)
         return TrainState(
             params=params,
             chains={
                 name: Chain(sums=zero_sums(params[name], planned_tokens.shape[0]), optimizer=optimizer_states[name])
                 for name in state.chains
             },
-            window=empty_window(state.window.stats),
+            window=empty_window(params, window.stats, planned_tokens.shape[0], checked=due | window.check_next),
             totals=totals,
             report=report,
         )
@@ -131,22 +145,39 @@ def make_micro_step(
         (gradients, witness), stats = jax.grad(fused_loss, argnums=(0, 1), has_aux=True)(
             state.params, probe, micro_batch, live_tokens
         )
-        window = state.window
+        chains = {
+            name: dataclasses.replace(chain, sums=add(chain.sums, gradients[name], witness))
+            for name, chain in state.chains.items()
+        }
+        window, index = state.window, micro_batch.micro_index
+        added = window.micro_batches + 1
+
+        def observed(checks: dict[str, LeafChecks]) -> dict[str, LeafChecks]:
+            return {
+                name: observe(
+                    before,
+                    gradients[name],
+                    chains[name].sums.gradients,
+                    window=state.totals.windows,
+                    added=added,
+                    micro_index=index,
+                )
+                for name, before in checks.items()
+            }
+
         bad = (window.first_nonfinite < 0) & ~all_finite(gradients)
-        added = dataclasses.replace(
-            state,
-            chains={
-                name: dataclasses.replace(chain, sums=add(chain.sums, gradients[name], witness))
-                for name, chain in state.chains.items()
-            },
-            window=Window(
-                micro_batches=window.micro_batches + 1,
-                tokens=window.tokens + live_tokens,
-                first_nonfinite=jnp.where(bad, micro_batch.micro_index, window.first_nonfinite).astype(jnp.int32),
-                stats={name: merge_stat(window.stats[name], stats[name]) for name in window.stats},
-            ),
+        seen = dataclasses.replace(
+            window,
+            micro_batches=added,
+            empty_micro_batches=window.empty_micro_batches + (live_tokens == 0).astype(jnp.int32),
+            tokens=window.tokens + live_tokens,
+            first_nonfinite=jnp.where(bad, index, window.first_nonfinite).astype(jnp.int32),
+            digest=window.digest.at[index].add(_digest_of(micro_batch)),
+            checks=jax.lax.cond(window.checked, observed, lambda checks: checks, window.checks),
+            stats={name: merge_stat(window.stats[name], stats[name]) for name in window.stats},
         )
-        return jax.lax.cond(is_last, flush, lambda state, _: state, added, micro_batch.planned_tokens)
+        state = dataclasses.replace(state, chains=chains, window=seen)
+        return jax.lax.cond(is_last, flush, lambda state, _: state, state, micro_batch)
 
     return micro_step
 
@@ -167,26 +198,54 @@ def make_named_gradients(losses: Losses) -> Callable[[Mapping[str, Params], Micr
     return named_gradients
 
 
+def _digest_of(micro_batch: MicroBatch) -> UInt32[Array, " 2"]:
+    """The sum of the hashes of the samples whose segments stand in the rows, each word modulo 2^32."""
+    slots = jnp.arange(1, micro_batch.sample_hash.shape[1] + 1, dtype=jnp.int32)
+    present = jnp.any(micro_batch.segment_ids[:, :, None] == slots[None, None, :], axis=1)  # [B S]
+    hashes = jnp.where(present[:, :, None], micro_batch.sample_hash, jnp.zeros((), jnp.uint32))
+    return jnp.sum(hashes, axis=(0, 1), dtype=jnp.uint32)
+
+
+class Evidence(NamedTuple):
+    """Whether a window passes one examination, what it is if it does not, and the micro-batch to blame, or -1."""
+
+    failure: Status
+    holds: Bool[Array, ""]
+    micro_batch: Int[Array, ""]
+
+
+def _digest_evidence(seen: UInt32[Array, "M 2"], planned: UInt32[Array, "M 2"]) -> Evidence:
+    wrong = jnp.any(seen != planned, axis=1)  # [M]
+    first = jnp.where(jnp.any(wrong), jnp.argmax(wrong), -1).astype(jnp.int32)
+    return Evidence(Status.DIGEST_MISMATCH, ~jnp.any(wrong), first)
+
+
+def _checksum_evidence(window: Window) -> Evidence:
+    checks = list(window.checks.values())
+    right = jnp.all(jnp.stack([holds(chain) for chain in checks]))
+    return Evidence(
+        Status.CHECKSUM_MISMATCH, right | ~window.checked, jnp.max(jnp.stack([first_wrong(chain) for chain in checks]))
+    )
+
+
 def _status(
-    window: Window,
-    planned_total: Int[Array, ""],
-    agrees: Bool[Array, ""],
-    norms: Mapping[str, Array],
-    skip_norm: float | None,
-) -> Int[Array, ""]:
-    """The first reason, in order of gravity, not to update; else UPDATED."""
+    evidence: Sequence[Evidence], planned_total: Int[Array, ""], norms: Mapping[str, Array], skip_norm: float | None
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The first reason, in order of gravity, not to update, else UPDATED; and the micro-batch to blame, or -1."""
+    nobody = jnp.full((), -1, jnp.int32)
     largest = jnp.max(jnp.stack(list(norms.values())))
     above = jnp.zeros((), bool) if skip_norm is None else largest > skip_norm
     reasons = [
-        (~agrees, Status.WITNESS_MISMATCH),
-        ((window.first_nonfinite >= 0) | ~jnp.isfinite(largest), Status.NONFINITE),
-        (planned_total == 0, Status.EMPTY),
-        (above, Status.NORM_SKIPPED),
+        *evidence,
+        Evidence(Status.NONFINITE, jnp.isfinite(largest), nobody),
+        Evidence(Status.EMPTY, planned_total > 0, nobody),
+        Evidence(Status.NORM_SKIPPED, ~above, nobody),
     ]
-    status = jnp.full((), int(Status.UPDATED), jnp.int32)
-    for condition, reason in reversed(reasons):
-        status = jnp.where(condition, jnp.full((), int(reason), jnp.int32), status)
-    return status
+    status, blamed = jnp.full((), int(Status.UPDATED), jnp.int32), nobody
+    for reason in reversed(reasons):
+        status = jnp.where(reason.holds, status, jnp.full((), int(reason.failure), jnp.int32))
+        blamed = jnp.where(reason.holds, blamed, reason.micro_batch)
+    return status, blamed
 
 
 def _advance_totals(totals: Totals, window: Window, updated: Bool[Array, ""]) -> Totals:

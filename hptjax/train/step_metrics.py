@@ -155,6 +155,9 @@ def update_metrics(step: OpenStep, updates: Sequence[Update], seconds: Mapping[s
         "perf/throughput": (trained + generated, sum(seconds.values()) * jax.device_count()),
         "perf/update_tokens_per_s": (trained, seconds["update"]),
     }
+    checked = [entry["checksum"] for entry in rows if entry["checksum"] is not None]
+    if checked:
+        row["witness/checksum"] = max(checked)
     if "rollout" in seconds:
         row["perf/rollout_tokens_per_s"] = (generated, seconds["rollout"])
     return row | {f"timing_s/{name}": value for name, value in seconds.items()}

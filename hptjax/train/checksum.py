@@ -1,0 +1,130 @@
+"""A second route to every leaf's sum, by random signs: <signs, sum of gradients> = sum of <signs, gradient>.
+
+The witness travels with the gradients, but it is one leaf; a fault may hit another one (a buffer copied instead of
+added for tied embeddings, a lost write-back of one shard). So in a checked window each micro-batch's gradient is also
+reduced to one number per leaf, these numbers are added on their own, and after every add the leaf's sum must give the
+same number. The first micro-batch after which it does not is named, with the leaf.
+
+The signs of a leaf are an outer product of one random +-1 vector per axis, drawn anew for every window: the expected
+square of <signs, error> is the error's squared norm, as for independent signs, and nothing of the leaf's size is drawn.
+
+Source: Freivalds 1979; accumulation spec 4.3, which compares once, at the flush, and so cannot name the micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Bool, Float, Int
+
+from hptjax.types import Array, Params
+
+SIGN_SEED = 20_240_923  # any number; fixed, so that a run replays
+UNIT_ROUNDOFF = 2.0**-24
+SAFETY = 16.0  # as in the bound on summed gradients (docs/proofs.md)
+NOT_CHECKED = -1.0
+
+
+@struct.dataclass
+class LeafChecks:
+    """What is known of a chain's sums in the open window; every field is a tree of scalars, one per parameter leaf.
+
+    Args
+      expected: sum of <signs, gradient> over the micro-batches. scale: sum of the gradients' norms.
+      residual: largest |<signs, sums> - expected| so far, as a share of what rounding may cause; above 1 is a fault.
+      micro_batch: the first micro-batch after which the residual was above 1, or -1.
+    """
+
+    expected: Params
+    scale: Params
+    residual: Params
+    micro_batch: Params
+
+
+def zero_checks(params: Params) -> LeafChecks:
+    """Nothing observed yet."""
+
+    def zeros() -> Params:
+        return jax.tree.map(lambda _: jnp.zeros((), jnp.float32), params)
+
+    nobody = jax.tree.map(lambda _: jnp.full((), -1, jnp.int32), params)
+    return LeafChecks(expected=zeros(), scale=zeros(), residual=zeros(), micro_batch=nobody)
+
+
+def observe(
+    checks: LeafChecks,
+    gradients: Params,
+    sums: Params,
+    *,
+    window: Int[Array, ""],
+    added: Int[Array, ""],
+    micro_index: Int[Array, ""],
+) -> LeafChecks:
+    """The checks after one more micro-batch.
+
+    Args
+      gradients: of the micro-batch. sums: after it was added.
+      window: which window of the run this is; the signs depend on it. added: micro-batches in the sums.
+    """
+    leaves, treedef = jax.tree.flatten(gradients)
+    columns = [
+        jax.tree.leaves(tree) for tree in (sums, checks.expected, checks.scale, checks.residual, checks.micro_batch)
+    ]
+    key = jax.random.fold_in(jax.random.key(SIGN_SEED), window)
+    rows = []
+    for place, (gradient, total, expected, scale, residual, micro_batch) in enumerate(
+        zip(leaves, *columns, strict=True)
+    ):
+        gradient = gradient.astype(jnp.float32)
+        signs = _signs(jax.random.fold_in(key, place), gradient.shape)
+        expected = expected + signed_sum(gradient, signs)
+        scale = scale + jnp.sqrt(jnp.sum(jnp.square(gradient)))
+        gap = jnp.abs(signed_sum(total, signs) - expected)
+        share = _share(gap, tolerance(scale, gradient.shape, added))
+        wrong = ~(share <= 1.0)  # a NaN is wrong, too
+        first = jnp.where((micro_batch < 0) & wrong, micro_index, micro_batch).astype(jnp.int32)
+        rows.append((expected, scale, jnp.maximum(residual, jnp.where(jnp.isnan(share), jnp.inf, share)), first))
+    return LeafChecks(*(jax.tree.unflatten(treedef, column) for column in zip(*rows, strict=True)))
+
+
+def signed_sum(leaf: Float[Array, "..."], signs: list[Any]) -> Float[Array, ""]:
+    """sum of leaf * (outer product of the signs), one axis after the other; in fp32 on every device."""
+    for vector in reversed(signs):
+        leaf = jnp.matmul(leaf, vector, precision=jax.lax.Precision.HIGHEST)
+    return leaf
+
+
+def tolerance(scale: Float[Array, ""], shape: tuple[int, ...], added: Int[Array, ""]) -> Float[Array, ""]:
+    """What rounding may do: 16 u (micro-batches + sum over axes of sqrt(length)) x sum of the gradients' norms."""
+    along_axes = sum(math.sqrt(length) for length in shape)
+    return SAFETY * UNIT_ROUNDOFF * (added.astype(jnp.float32) + along_axes) * scale
+
+
+def holds(checks: LeafChecks) -> Bool[Array, ""]:
+    """True where no leaf's sum is wrong."""
+    return jnp.all(jnp.stack([residual <= 1.0 for residual in jax.tree.leaves(checks.residual)]))
+
+
+def first_wrong(checks: LeafChecks) -> Int[Array, ""]:
+    """The first micro-batch after which some leaf's sum was wrong; -1 where none was."""
+    places = jnp.stack(jax.tree.leaves(checks.micro_batch))
+    after_all = jnp.iinfo(jnp.int32).max
+    earliest = jnp.min(jnp.where(places < 0, after_all, places))
+    return jnp.where(earliest == after_all, -1, earliest).astype(jnp.int32)
+
+
+def _signs(key: Any, shape: tuple[int, ...]) -> list[Any]:
+    """One vector of +-1 per axis."""
+    return [
+        jax.random.rademacher(jax.random.fold_in(key, axis), (length,), jnp.float32)
+        for axis, length in enumerate(shape)
+    ]
+
+
+def _share(gap: Float[Array, ""], allowed: Float[Array, ""]) -> Float[Array, ""]:
+    """gap / allowed; 0 where there is no gap, so that a leaf whose gradients are all 0 passes."""
+    return jnp.where(gap == 0.0, 0.0, gap / allowed)
