@@ -58,6 +58,7 @@ def zero_checks(params: Params) -> LeafChecks:
 def observe(
     checks: LeafChecks,
     gradients: Params,
+    squares: Params,
     sums: Params,
     *,
     window: Int[Array, ""],
@@ -67,22 +68,23 @@ def observe(
     """The checks after one more micro-batch.
 
     Args
-      gradients: of the micro-batch. sums: after it was added.
+      gradients: of the micro-batch. squares: their sums of squares, per leaf. sums: after it was added.
       window: which window of the run this is; the signs depend on it. added: micro-batches in the sums.
     """
     leaves, treedef = jax.tree.flatten(gradients)
     columns = [
-        jax.tree.leaves(tree) for tree in (sums, checks.expected, checks.scale, checks.residual, checks.micro_batch)
+        jax.tree.leaves(tree)
+        for tree in (squares, sums, checks.expected, checks.scale, checks.residual, checks.micro_batch)
     ]
     key = jax.random.fold_in(jax.random.key(SIGN_SEED), window)
     rows = []
-    for place, (gradient, total, expected, scale, residual, micro_batch) in enumerate(
+    for place, (gradient, square, total, expected, scale, residual, micro_batch) in enumerate(
         zip(leaves, *columns, strict=True)
     ):
         gradient = gradient.astype(jnp.float32)
         signs = _signs(jax.random.fold_in(key, place), gradient.shape)
         expected = expected + signed_sum(gradient, signs)
-        scale = scale + jnp.sqrt(jnp.sum(jnp.square(gradient)))
+        scale = scale + jnp.sqrt(square)
         gap = jnp.abs(signed_sum(total, signs) - expected)
         share = _share(gap, tolerance(scale, gradient.shape, added))
         wrong = ~(share <= 1.0)  # a NaN is wrong, too

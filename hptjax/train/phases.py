@@ -77,6 +77,7 @@ def assemble_updates(gated: Gated, *, updates: int, mask_overlong: bool, assembl
     Raises AccumulationError where a live sample is in no update, or in two.
 
     Args
+      updates: fewer where there are fewer questions, in the last, smaller batch of a pass.
       mask_overlong: truncated rollouts count in their group's statistics and carry no weight.
     """
     dead = frozenset(
@@ -84,7 +85,7 @@ def assemble_updates(gated: Gated, *, updates: int, mask_overlong: bool, assembl
     )
     order = list(dict.fromkeys(sample.sample_id.question for sample in gated.live))
     packed = []
-    for part in split_questions(order, updates):
+    for part in split_questions(order, min(updates, len(order))):
         chosen = frozenset(part)
         packed.append(assemble([sample for sample in gated.live if sample.sample_id.question in chosen], dead))
     accounted = sum(len(update.samples) + update.left_out for update in packed)

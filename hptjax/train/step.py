@@ -23,6 +23,7 @@ from hptjax.train.accumulate import (
     add,
     all_finite,
     first_disagreement,
+    square_sums,
     witness_agrees,
     witness_loss,
     zero_sums,
@@ -149,7 +150,7 @@ def make_micro_step(
             name: dataclasses.replace(chain, sums=add(chain.sums, gradients[name], witness))
             for name, chain in state.chains.items()
         }
-        window, index = state.window, micro_batch.micro_index
+        window, index, squares = state.window, micro_batch.micro_index, square_sums(gradients)
         added = window.micro_batches + 1
 
         def observed(checks: dict[str, LeafChecks]) -> dict[str, LeafChecks]:
@@ -157,6 +158,7 @@ def make_micro_step(
                 name: observe(
                     before,
                     gradients[name],
+                    squares[name],
                     chains[name].sums.gradients,
                     window=state.totals.windows,
                     added=added,
@@ -165,7 +167,7 @@ def make_micro_step(
                 for name, before in checks.items()
             }
 
-        bad = (window.first_nonfinite < 0) & ~all_finite(gradients)
+        bad = (window.first_nonfinite < 0) & ~all_finite(gradients, squares)
         seen = dataclasses.replace(
             window,
             micro_batches=added,
