@@ -1,6 +1,7 @@
 # make quickstart   makes .venv, installs the pinned dependencies, trains, prints a table and where the plots are
 # make test         makes .venv if absent, runs the tests, two files at a time
 # make test-full    the slow tests too
+# make kill-matrix  every broken version against every layer of proof; writes the table into docs/proofs.md
 # make base-model   trains the base model that the repository ships
 # make lint         ruff and mypy
 # make venv         only the environment
@@ -19,7 +20,7 @@ ifeq ($(filter $(ACCEL),cpu cuda13 tpu),)
 $(error expected ACCEL to be cpu, cuda13 or tpu, got '$(ACCEL)')
 endif
 
-.PHONY: quickstart test test-full base-model lint venv
+.PHONY: quickstart test test-full kill-matrix base-model lint venv
 
 quickstart: $(STAMP)
 	$(BIN)/hptjax train configs/quickstart.toml
@@ -29,6 +30,9 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not tpu"
+
+kill-matrix: $(STAMP)
+	$(BIN)/python -m tests.proofs.kill_matrix
 
 base-model: $(STAMP)
 	$(BIN)/hptjax train configs/base_model.toml

@@ -113,6 +113,7 @@ def assemble(
     values = [term_values(t, ordered, alive, advantages=given.get(t.name), partition=partition) for t in terms]
     active = [v for t, v in zip(terms, values, strict=True) if t.coefficient > 0.0]
     live = live_token_counts(active, len(ordered))
+    sources = _source_counts(ordered, live)  # before anything is chosen or packed: what must arrive in the gradient
 
     packed = _packed_samples(ordered, live)
     chosen = [ordered[i] for i in packed]
@@ -153,7 +154,7 @@ def assemble(
         sample_ids=ids,
         left_out=len(ordered) - len(chosen),
         terms={t.name: _term_count(t, v, chosen) for t, v in zip(terms, values, strict=True)},
-        sources=_source_counts(chosen, live),
+        sources=sources,
         digest=digest(hashes),
         fill=ratio(float(lengths.sum()), float(len(layout) * rows * row_tokens)),
     )

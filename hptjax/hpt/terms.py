@@ -59,6 +59,9 @@ class Term:
       advantage: from rewards and group ids of the whole population; `advantages.ones` for SFT, entropy and KL.
       population: ... of which this may keep a part.
       span: which tokens of a sample; by default those its author wrote. Terms may cover the same tokens.
+      normalised_over: samples of these sources stand in the reducer's population beside the members and get no weight
+        from it: one token mean over demonstrations and rollouts, say, of which the term is a part. None: the members
+        alone.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Term:
     advantage: AdvantageFn
     population: Callable[[Sample], bool] | None = None
     span: SpanFn = written_span
+    normalised_over: frozenset[Source] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +101,8 @@ def term_values(
     """Token weights and advantages of a term for every sample of an update.
 
     Advantages are taken over all members, dead ones too, so a group keeps its baseline. The reducer sees the dead
-    with no tokens: they share in no normaliser that counts tokens or sequences with tokens.
+    with no tokens: they share in no normaliser that counts tokens or sequences with tokens. With `normalised_over` it
+    also sees the samples of those sources, by the same span, and the members take their part of its weights.
 
     Args
       alive: False keeps a sample in its group's statistics and out of the gradient.
@@ -113,19 +118,22 @@ def term_values(
     weights, values = np.zeros(count, np.float64), np.zeros(count, np.float64)
     keep = term.population
     members = [i for i, s in enumerate(samples) if s.source in term.sources and (keep is None or keep(s))]
-    for i in members:
+    beside = term.normalised_over or frozenset()
+    counted = sorted({*members, *(i for i, s in enumerate(samples) if s.source in beside)})
+    for i in counted:
         if alive[i]:
             start[i], stop[i] = term.span(samples[i])
     tokens = stop - start
     for i in np.flatnonzero((start < 0) | (tokens < 0)).tolist():
         raise ValueError(f"term {term.name!r}: sample {samples[i].sample_id} has the span {start[i]}..{stop[i]}")
-    if tokens.any():
-        chosen = np.asarray(members, np.int64)
-        groups = np.asarray([samples[i].group_id for i in members], np.int64)
-        places = None if partition is None else np.asarray([partition[samples[i].sample_id] for i in members], np.int64)
-        share = term.reducer(Population(token_counts=tokens[chosen], group_ids=groups, partition=places))
-        weights[chosen] = term.coefficient * np.asarray(share, np.float64)
-        values[chosen] = _member_advantages(term, [samples[i] for i in members], groups, advantages)
+    groups = np.asarray([s.group_id for s in samples], np.int64)
+    chosen, normalising = np.asarray(members, np.int64), np.asarray(counted, np.int64)
+    outside = np.setdiff1d(normalising, chosen)
+    if tokens[chosen].any():
+        share = term.reducer(_population(samples, normalising, tokens, groups, partition))
+        weights[normalising] = term.coefficient * np.asarray(share, np.float64)
+        values[chosen] = _member_advantages(term, [samples[i] for i in members], groups[chosen], advantages)
+    start[outside] = stop[outside] = tokens[outside] = 0
     weights = np.where(tokens > 0, weights, 0.0)
     values = np.where(weights > 0.0, values, 0.0)
     for i in np.flatnonzero(~(np.isfinite(weights) & (weights >= 0.0) & np.isfinite(values))).tolist():
@@ -134,6 +142,21 @@ def term_values(
             f"{values[i]}; expected finite values and a weight >= 0 (a sample that needs a reward may have none)"
         )
     return TermValues(start=start, stop=stop, token_weights=weights, advantages=values)
+
+
+def _population(
+    samples: Sequence[Sample],
+    places: Int[np.ndarray, " n"],
+    tokens: Int[np.ndarray, " N"],
+    groups: Int[np.ndarray, " N"],
+    partition: Mapping[SampleId, int] | None,
+) -> Population:
+    micro_batches = None if partition is None else [partition[samples[i].sample_id] for i in places.tolist()]
+    return Population(
+        token_counts=tokens[places],
+        group_ids=groups[places],
+        partition=None if micro_batches is None else np.asarray(micro_batches, np.int64),
+    )
 
 
 def _member_advantages(

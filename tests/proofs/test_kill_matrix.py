@@ -1,0 +1,61 @@
+"""Every mutant dies by the layer that is named for it; `make kill-matrix` runs all layers on all mutants."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tests import toys
+from tests.proofs import kill_matrix, layers, mutants, pipeline
+
+
+@pytest.mark.parametrize("name", layers.LAYERS)
+def test_layer_passes_on_the_right_code(name):
+    assert layers.seen_by(name) is None
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_killed_by_the_named_layer(mutant):
+    with mutants.broken(mutant):
+        assert layers.verdicts([mutant.killed_by])[mutant.killed_by] is not None
+
+
+@pytest.mark.parametrize(
+    "mutant", [mutant for mutant in mutants.MUTANTS if mutant.kind == "sum"], ids=lambda mutant: mutant.name
+)
+@pytest.mark.slow
+def test_mutant_of_the_sum_stands_far_above_the_tolerance(mutant):
+    """The gap rule: 100 times the bound that the right code keeps (k <= 16, T <= 1024)."""
+    with mutants.broken(mutant):
+        assert mutants.margin(mutant) >= kill_matrix.GAP_RULE
+
+
+def test_first_and_last_is_invisible_at_two_micro_batches():
+    """Why windows of 3 or more are everywhere: the DeepSpeed fault gives the right sum, bit for bit, at k = 2."""
+    (mutant,) = (mutant for mutant in mutants.MUTANTS if mutant.name == "first + last")
+    tokens, mask = toys.rows_of(np.random.default_rng(0), 6)
+    mask[:, 0] = True
+
+    def summed(sizes):
+        step, state = toys.sgd_setup(toys.linear_losses, toys.linear_params())
+        bounds = np.cumsum((0, *sizes))
+        cuts = [list(range(a, b)) for a, b in itertools.pairwise(bounds)]
+        after = toys.run_window(step, state, toys.window(tokens, mask, np.ones(mask.shape), cuts, pad_rows=6))
+        return np.asarray(state.params["policy"]["theta"]) - np.asarray(after.params["policy"]["theta"])
+
+    with pipeline.without_evidence():
+        right = summed([6])
+        with mutants.broken(mutant):
+            assert np.array_equal(summed([4, 2]), right)
+            assert np.array_equal(summed([1, 5]), right)
+            assert not np.array_equal(summed([2, 2, 2]), right)
+
+
+def test_kill_matrix_names_a_survivor_and_a_thin_margin():
+    right = kill_matrix.Row("first + last", dict.fromkeys(layers.LAYERS, "seen"), 1e4)
+    assert kill_matrix.complaints([right]) == []
+    alive = right._replace(seen=dict.fromkeys(layers.LAYERS))
+    assert "P7 reference did not see it" in kill_matrix.complaints([alive])[0]
+    assert "margin 7" in kill_matrix.complaints([right._replace(margin=7.0)])[0]
