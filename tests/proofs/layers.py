@@ -244,10 +244,11 @@ def masks() -> None:
                 expect(bool(np.array_equal(weights > 0, expected)), f"sample {sample.sample_id}: {weights.tolist()}")
 
 
-RUN_TIME = "P6 run time"
+STRUCTURE, RUN_TIME = "P1 structure", "P6 run time"
+WITH_EVIDENCE = (STRUCTURE, RUN_TIME)
 
 LAYERS: dict[str, Layer] = {
-    "P1 structure": structure,
+    STRUCTURE: structure,
     "P2 influence": influence,
     "P3 integers": integers,
     "P3 two devices": integers_on_two_devices,
@@ -267,11 +268,12 @@ LAYERS: dict[str, Layer] = {
 def verdicts(names: Iterable[str]) -> dict[str, str | None]:
     """What each of these layers sees wrong in the product as it stands, or None.
 
-    Only "P6 run time" has the step's own evidence to look at; the others must see the fault by themselves.
+    "P1 structure" and "P6 run time" look at the step as it is; for the others its own evidence is silenced, because a
+    refused update would look like a wrong one: they must see the fault by themselves.
     """
-    found = {RUN_TIME: seen_by(RUN_TIME)} if RUN_TIME in names else {}
+    found = {name: seen_by(name) for name in names if name in WITH_EVIDENCE}
     with pipeline.without_evidence():
-        return found | {name: seen_by(name) for name in names if name != RUN_TIME}
+        return found | {name: seen_by(name) for name in names if name not in WITH_EVIDENCE}
 
 
 def seen_by(name: str) -> str | None:

@@ -114,10 +114,7 @@ def spread_over(devices: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_evidence() -> Iterator[None]:
-    """Steps of this block take every window's witness, digest and checksums for right.
-
-    Else a refused update would look like a wrong one, and every layer would owe its kills to the run-time evidence.
-    """
+    """Steps of this block take every window's witness, digest and checksums for right."""
     forget()
     fine = jnp.ones((), bool)
     with pytest.MonkeyPatch.context() as patch:
