@@ -1,8 +1,8 @@
 """The endless, shuffled stream of questions, whose position is a few integers.
 
-Each pass over the data is shuffled anew. A pass gives as many whole batches as fit; the rest of it, fewer than a batch
-and other questions each time, is left out. So no question comes twice in a pass, nor twice in a batch, where two
-visits would be taken for one group.
+Each pass over the data is shuffled anew and holds every question once. Where it does not divide into whole batches its
+last batch is the smaller rest, and the next pass begins a batch of its own: so no question comes twice in a batch,
+where two visits would be taken for one group, and none is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hptjax.records import Question
 
 @dataclasses.dataclass(frozen=True)
 class QuestionBatch:
-    """One process's share of the questions of one rollout batch.
+    """One process's share of the questions of one rollout batch; fewer at the end of a pass, where there is a rest.
 
     Args
       index: how many batches came before it. round: which pass over the data it belongs to, 0 upwards; the `round` of
@@ -49,14 +49,15 @@ class QuestionStream:
     ):
         """
         Args
-          questions_per_step: questions in one batch, over all processes.
+          questions_per_step: questions in one batch, over all processes. Of a pass's last, smaller batch the shares may
+            differ by one.
         Raises
           a batch larger than the data, or one that the processes cannot share evenly -> ValueError with the field.
         """
         _check(len(questions), questions_per_step, process_index, process_count)
         self._questions = list(questions)
         self._share = slice(process_index, None, process_count)
-        self._batches_per_round = len(questions) // questions_per_step
+        self._batches_per_round = -(-len(questions) // questions_per_step)
         self._identity = {
             "seed": seed,
             "questions_per_step": questions_per_step,
@@ -64,7 +65,7 @@ class QuestionStream:
             "digest": _digest(questions),
         }
         order = grain.MapDataset.range(len(questions)).seed(seed).shuffle()
-        batches = order.batch(questions_per_step, drop_remainder=True).repeat()
+        batches = order.batch(questions_per_step, drop_remainder=False).repeat()
         # No read-ahead: indices cost nothing, and the position is then exactly that of the last batch given out.
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 
 def to_host(tree: Any) -> Any:
     """The tree with NumPy arrays in the place of device arrays; waits for the work they depend on.
 
-    Every device-to-host read of the package goes through here, so that a test can count them. Arrays must be whole in
-    this process: replicated, or on its own devices only.
+    Every device-to-host read of the package goes through here, so that a test can count them. An array that is cut over
+    several processes is gathered, whole, on each of them: they must all read it, at the same place.
     """
-    return jax.device_get(tree)
+    return jax.device_get(jax.tree.map(_gathered, tree))
+
+
+def _gathered(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return leaf

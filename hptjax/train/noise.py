@@ -23,7 +23,7 @@ def token_noise_keys(key: Key[Array, ""], micro_batch: MicroBatch) -> Key[Array,
     Args
       key: of the update and of the layer that draws; fold both in before the call, or every update draws the same.
     Returns keys; on padding they all belong to the sample with hash 0 at position 0.
-    Example: `jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 0.9, (D,))))(keys)` keeps 9 of 10 entries of [B T D].
+    Example: `jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 0.9, (D,))))(keys)`: 9 of 10 entries of [B T D].
     """
     segment = micro_batch.segment_ids
     place = jnp.maximum(segment - 1, 0)[:, :, None]
