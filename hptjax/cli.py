@@ -35,6 +35,7 @@ commands
   sample CONFIG    completions of a prompt, with the verifier's word on them
   compare CONFIG   several methods from the same base under the same budget: one table, one plot
   explain CONFIG   batch arithmetic, bytes and token weights, before anything runs
+  audit TARGET     whether a trainer, yours or another, adds up every micro-batch; names those it does not
   doctor           what this machine has and lacks
 
 Every field of the config is an option:
@@ -43,6 +44,34 @@ Every field of the config is an option:
   hptjax train CONFIG --help           lists them with the file's values
 
 HPTJAX_TRACEBACK=1 shows the traceback of an error.
+"""
+
+AUDIT_HELP = """\
+Runs a trainer on small jobs and reads from its parameters what every token weighed.
+
+Targets that come with hptjax:
+    hptjax, jax-loop, optax.MultiSteps, optax.MultiSteps-sum, torch-loop, transformers, trl, tunix
+and on which published bugs are simulated:
+    simulated-deepspeed, simulated-deepspeed-first-only, simulated-openrlhf, simulated-huggingface-2024
+
+Your own is module:function, looked up from the current folder. It carries out a job with plain SGD and
+returns the parameters after every update (hptjax/audit/job.py says what a job holds):
+
+    def train(job):                                   # my_trainer.py; hptjax audit my_trainer:train
+        theta, updates = job.parameters.copy(), []
+        for window, rate in zip(job.windows, job.learning_rates):
+            tokens = sum(batch.mask.sum() for batch in window)
+            total = 0.0                               # loss of a token: features . theta
+            for batch in window:                      # put your accumulation here
+                total = total + batch.features[batch.mask].sum(axis=0)
+            theta = (theta - rate * total / tokens).astype("float32")
+            updates.append(theta)
+        return updates
+
+A trainer that computes its own loss from logits is marked @accepts("tokens"), one whose optimizer cannot be
+set own_optimizer=True (hptjax.audit.job). A target raises Unsupported for what it cannot do.
+
+Status 0: no fault (notes allowed). 1: a fault. 2: bad usage.
 """
 
 
@@ -167,6 +196,34 @@ def command_explain(arguments: list[str]) -> int:
     return 0
 
 
+def command_audit(arguments: list[str]) -> int:
+    """Audits a trainer's gradient accumulation; status 1 where there is a fault."""
+    options = tyro.cli(
+        AuditOptions,
+        args=arguments,
+        prog="hptjax audit",
+        config=(tyro.conf.FlagCreatePairsOff,),
+        description=AUDIT_HELP,
+    )
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        raise ValueError(f"expected a path in an existing folder, got '{options.json}'; change --json.")
+    from hptjax.audit.kit import audit
+    from hptjax.audit.report import print_report, to_json
+    from hptjax.audit.targets import load
+
+    report = audit(
+        load(options.target),
+        name=options.target,
+        model=options.model,
+        own_optimizer=options.own_optimizer or None,
+        inject_drop=options.inject_drop,
+    )
+    print_report(report)
+    if options.json is not None:
+        options.json.write_text(to_json(report), encoding="utf-8")
+    return 1 if report.faults else 0
+
+
 def command_doctor(arguments: list[str]) -> int:
     """Prints what this machine has; status 1 where training cannot run."""
     options = command_line(DoctorOptions(), arguments, prog="hptjax doctor")
@@ -175,6 +232,19 @@ def command_doctor(arguments: list[str]) -> int:
     findings = doctor.examine(runs_dir=options.runs_dir)
     print(doctor.report(findings))
     return 1 if any(finding.status == "lacks" for finding in findings) else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditOptions:
+    """What is audited, and how."""
+
+    target: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")
+    ]  # module:function, or the name of a target that comes with hptjax
+    model: Literal["linear", "tokens"] | None = None  # tokens: it computes its own loss; None: as the target is marked
+    own_optimizer: bool = False  # its optimizer cannot be set to SGD: compare splits of the same window
+    inject_drop: bool = False  # blank a micro-batch in what the target sees: the audit must then fail and name it
+    json: pathlib.Path | None = None  # also write the report there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +278,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sample": command_sample,
     "compare": command_compare,
     "explain": command_explain,
+    "audit": command_audit,
     "doctor": command_doctor,
 }
 

@@ -77,7 +77,7 @@ def test_cli_help_of_each_command_lists_its_options(command, capsys):
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     assert f"hptjax {command}" in text
-    assert "--runs_dir" in text
+    assert ("--inject-drop" if command == "audit" else "--runs_dir") in text
 
 
 def test_cli_help_shows_the_values_of_the_file(config_file, capsys):
@@ -209,12 +209,29 @@ def test_explain_prints_batches_weights_and_bytes(config_file):
         ("official", 1 / 192, 0.3 / 160),
         # mean over 64 questions of the mean over 8 rollouts; and of the mean over 10 demonstration tokens
         ("paper", 1 / 512, 0.3 / 640),
+        # 48 questions roll out 8 x 24 tokens each = 9216; 16 demonstrations of 10. Apart, and over 9376 together.
+        ("separate", 1 / 9216, 0.3 / 160),
+        ("joint", 1 / 9376, 0.3 / 9376),
     ],
 )
 def test_explain_token_weights_by_hand(preset, rl, sft):
     config = changed(Config(), hpt__preset=preset, hpt__sft_coefficient=0.3)
-    assert rl_token_weight(config, questions=64) == pytest.approx(rl, rel=1e-12)
-    assert sft_token_weight(config, questions=64, demonstrations=16, demo_tokens=10) == pytest.approx(sft, rel=1e-12)
+    counts = {"questions": 64, "demonstrations": 16, "demo_tokens": 10}
+    assert rl_token_weight(config, **counts) == pytest.approx(rl, rel=1e-12)
+    assert sft_token_weight(config, **counts) == pytest.approx(sft, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["hpt", "sft", "grpo"])
+def test_explain_of_token_means_compares_only_where_both_kinds_are(method):
+    """6, then 32 of 64 questions gated; all completions have 24 tokens. Apart: 58 x 8 / 6 and 32 x 8 / 32 to 1."""
+    ratios, rollout = {}, {}
+    for preset in ("separate", "joint"):
+        lines = explain_module.weight_lines(changed(Config(), method=method, hpt__preset=preset))
+        ratios[preset] = [line.split(" = ")[1].split()[0] for line in lines if " = " in line]
+        rollout[preset] = [line for line in lines if line.startswith("one rollout token: 8.138e-05")]  # 1 / 12,288
+    both = method == "hpt"
+    assert ratios == {"separate": ["77.3", "8"] if both else [], "joint": ["1", "1"] if both else []}
+    assert all(len(found) == (method != "sft") for found in rollout.values())
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

@@ -44,12 +44,12 @@ class LinearBatch:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """One micro-batch for trainers that compute their own loss, of the table model: logits[b, t] = theta[input_ids[b, t]].
+    """One micro-batch of the table model, logits[b, t] = theta[input_ids[b, t]], for trainers with a loss of their own.
 
     Args
       input_ids: [B T] int32, in 0..V-1.
-      labels: [B T] int32: the token itself where it is trained on, else -100, as in transformers: logits[:, t - 1] predict
-        labels[:, t]. attention_mask: [B T] int32, 0 on padding.
+      labels: [B T] int32: the token itself where it is trained on, else -100, as in transformers: logits[:, t - 1]
+        predict labels[:, t]. attention_mask: [B T] int32, 0 on padding.
       index, is_last: as above.
     """
 
@@ -71,7 +71,7 @@ class Job:
       model: "linear" (batches are `LinearBatch`, parameters [F]) or "tokens" (`TokenBatch`, parameters [V V]).
       parameters: float32, to start from.
       windows: one optimizer update each. All micro-batches of a job have one shape; windows may differ in length.
-      learning_rates: of update 0, 1, ...
+      learning_rates: of update 0, 1, ...; there may be more of them than updates.
       clip_norm: largest norm of an update's gradient, or None: no clipping.
       parameter_dtype: in which the trainer should hold its parameters.
       ranks: data-parallel workers that share each micro-batch by rows; B is a multiple of it.
@@ -88,9 +88,16 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gradients:
-    """What a target may return instead of parameters: the gradient that each update applied (before the learning rate)."""
+    """What a target may return instead of parameters: the gradient that each update applied (before the learning rate).
+
+    Args
+      applied: one array per update, shaped like the parameters.
+      between: if given, one array per update: what its window's earlier micro-batches already added to the parameters;
+        exact zeros where nothing moves before a window is complete.
+    """
 
     applied: Sequence[Any]
+    between: Sequence[Any] | None = None
 
 
 Target = Callable[[Job], "Sequence[Any] | Gradients"]
@@ -102,8 +109,8 @@ def accepts(model: Model, *, own_optimizer: bool = False) -> Callable[[Target], 
 
     Args
       model: "tokens" for a trainer that computes its own loss from logits.
-      own_optimizer: the trainer's optimizer cannot be set to SGD: parameter changes are compared between splits of the same
-        window, and no micro-batch can be named.
+      own_optimizer: the trainer's optimizer cannot be set to SGD: parameter changes are compared between splits of the
+        same window, and no micro-batch can be named.
     """
 
     def mark(target: Target) -> Target:

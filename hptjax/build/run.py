@@ -40,7 +40,12 @@ def train(config: Config, *, quiet: bool = False) -> dict[str, Any]:
     Raises ValueError for input that cannot be used (config, data, model, a run folder of another config or in use),
       AccumulationError when an update's evidence fails, SystemExit(0) after a clean stop on SIGTERM or Ctrl-C.
     """
-    with held(run_folder(config)) if jax.process_index() == 0 else contextlib.nullcontext():
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"expected one process, got {jax.process_count()}: the train step is tested on two, but data, rewards and "
+            "checkpoints of a run are not shared between processes yet; start one process per run (docs/scale.md)"
+        )
+    with held(run_folder(config)):
         folder = open_run_folder(config)
         summary = _summary_of_finished(config, folder)
         if summary is not None:
@@ -106,8 +111,7 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
                 kept = "and saved at" if saver.saved else "without a checkpoint of"
                 telemetry.say(f"stopped {kept} step {progress.step}; the same command continues")
                 raise SystemExit(0) from None
-        if jax.process_index() == 0:
-            check_totals(read_rows(folder / "ledger.jsonl"), to_host(state.totals))
+        check_totals(read_rows(folder / "ledger.jsonl"), to_host(state.totals))
         if config.checkpoint.export_folder is not None:
             export(parts, state.params["policy"], Path(config.checkpoint.export_folder))
         _draw(config, folder, stages)
