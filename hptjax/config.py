@@ -141,8 +141,10 @@ class HptConfig:
     """The objective: who decides between SFT and RL, and what one token of each weighs."""
 
     gate: int = 0  # SFT where at most this many of the group solved; -1: pure RL; group_size: pure SFT
-    preset: Literal["official_fixed", "official", "paper"] = "official_fixed"  # the reducers
-    rl_estimator: Literal["dr_grpo", "grpo", "reinforce", "ppo"] = "dr_grpo"
+    # the reducers: what one token weighs. "separate": RL, KL, SFT and entropy are each a token mean of their own;
+    # "joint": each is divided by the live tokens of rollouts and demonstrations together
+    preset: Literal["official_fixed", "official", "paper", "separate", "joint"] = "official_fixed"
+    rl_estimator: Literal["dr_grpo", "grpo", "reinforce", "ppo"] = "dr_grpo"  # the row of losses/table.py for rollouts
     clip_low: float | None = None  # ratio below 1 - clip_low is masked where the advantage is negative
     clip_high: float | None = None  # ratio above 1 + clip_high is masked where the advantage is positive
     sft_coefficient: float = 1.0
@@ -263,8 +265,10 @@ class Config:
     telemetry: TelemetryConfig = dataclasses.field(default_factory=TelemetryConfig)
 
 
-# A run folder may be opened again with these changed: none of them reaches a number that the run computes.
-MAY_CHANGE = ("telemetry.", "runs_dir", "train.log_every")
+# A run folder may be opened again with these changed. None of them reaches a number that the run computes, but for the
+# mesh: after a move to other devices counts stay exact, summed gradients agree within rounding (accumulation spec 3.6)
+# and not to the bit, and a token sampled near a tie may differ.
+MAY_CHANGE = ("telemetry.", "runs_dir", "train.log_every", "mesh.")
 
 
 def resolved(config: Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hptjax.masked import inverse_count
 FP32_BYTES, BF16_BYTES = 4, 2
 ROWS_PER_UNIT_C = 64  # C of `official_fixed` = rollout rows per update / 64 (the published script's rows per rank)
 SHOWN_SHARES = (0.1, 0.5, 1.0)
+TOKEN_MEANS = ("separate", "joint")  # presets whose rollout weight depends on the tokens of the update
 
 
 def explain(config: Config) -> str:
@@ -81,26 +82,36 @@ def weight_lines(config: Config) -> list[str]:
     questions = config.data.questions_per_step // config.train.updates_per_rollout_batch
     demo_tokens = config.rollout.max_completion_tokens
     lines = [f"preset {config.hpt.preset}, {questions} questions per update"]
-    rl = rl_token_weight(config, questions=questions) if config.method != "sft" else None
-    if rl is not None:
-        lines.append(f"one rollout token: {rl:.3e} (times its advantage)")
+    counts_tokens = config.hpt.preset in TOKEN_MEANS
+    if config.method != "sft":
+        rl = rl_token_weight(config, questions=questions, demonstrations=0, demo_tokens=0)
+        where = f", where every question has {config.rollout.group_size} rollouts of {demo_tokens} tokens"
+        lines.append(f"one rollout token: {rl:.3e} (times its advantage){where if counts_tokens else ''}")
     if config.method != "grpo":
         for share in SHOWN_SHARES if config.method == "hpt" else (1.0,):
             demonstrations = max(1, round(share * questions))
-            sft = sft_token_weight(config, questions=questions, demonstrations=demonstrations, demo_tokens=demo_tokens)
+            counts = {"questions": questions, "demonstrations": demonstrations, "demo_tokens": demo_tokens}
+            sft = sft_token_weight(config, **counts)
             line = f"one demonstration token: {sft:.3e} with {demonstrations} demonstrations of {demo_tokens} tokens"
-            if rl:
+            rl = 0.0 if config.method == "sft" else rl_token_weight(config, **counts)
+            if rl and not (counts_tokens and demonstrations == questions):  # then there is no rollout to compare with
                 line += f" = {sft * inverse_count(rl):.3g} rollout tokens of advantage 1"
             lines.append(line)
     return lines
 
 
-def rl_token_weight(config: Config, *, questions: int) -> float:
+def rl_token_weight(config: Config, *, questions: int, demonstrations: int = 0, demo_tokens: int = 0) -> float:
     """Weight of one live rollout token; the formulas are those of `hptjax.losses.reducers`, without its data.
 
     official_fixed: c / (L C), L = rollout.max_completion_tokens, C = questions G / 64
     official:       c / (L ranks)
     paper:          c / (G questions)
+    separate:       c / (all rollout tokens of the update), every rollout taken to have L tokens
+    joint:          c / (all rollout and demonstration tokens of the update)
+
+    Args
+      demonstrations, demo_tokens: questions gated to their demonstration, and the tokens of each; only "separate" and
+        "joint" depend on them.
     """
     hpt, group_size = config.hpt, config.rollout.group_size
     limit = config.rollout.max_completion_tokens
@@ -108,6 +119,9 @@ def rl_token_weight(config: Config, *, questions: int) -> float:
         return hpt.rl_coefficient * ROWS_PER_UNIT_C * inverse_count(limit * questions * group_size)
     if hpt.preset == "official":
         return hpt.rl_coefficient * inverse_count(limit * hpt.ranks)
+    if hpt.preset in TOKEN_MEANS:
+        beside = demonstrations * demo_tokens if hpt.preset == "joint" else 0
+        return hpt.rl_coefficient * inverse_count(_rollout_tokens(config, questions - demonstrations) + beside)
     return hpt.rl_coefficient * inverse_count(group_size * questions)
 
 
@@ -118,14 +132,23 @@ def sft_token_weight(config: Config, *, questions: int, demonstrations: int, dem
     official:       c / (demonstration tokens of its logical micro-batch x ranks); the demonstrations are taken to be
                     spread over the ranks, one logical micro-batch each
     paper:          c / (tokens of its demonstration x questions)
+    separate:       c / (all demonstration tokens of the update)
+    joint:          c / (all rollout and demonstration tokens of the update), every rollout taken to have L tokens
     """
     hpt = config.hpt
-    if hpt.preset == "official_fixed":
+    if hpt.preset in ("official_fixed", "separate"):
         return hpt.sft_coefficient * inverse_count(demonstrations * demo_tokens)
+    if hpt.preset == "joint":
+        beside = 0 if config.method == "sft" else _rollout_tokens(config, questions - demonstrations)
+        return hpt.sft_coefficient * inverse_count(demonstrations * demo_tokens + beside)
     if hpt.preset == "official":
         per_rank = -(-demonstrations // hpt.ranks)
         return hpt.sft_coefficient * inverse_count(per_rank * demo_tokens * hpt.ranks)
     return hpt.sft_coefficient * inverse_count(demo_tokens * questions)
+
+
+def _rollout_tokens(config: Config, questions: int) -> int:
+    return questions * config.rollout.group_size * config.rollout.max_completion_tokens
 
 
 def memory_lines(config: Config, shape: ShapeConfig, vocab_size: int) -> list[str]:

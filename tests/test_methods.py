@@ -61,6 +61,8 @@ def default(parts, samples):
         {"rl_estimator": "ppo", "clip_low": 0.2, "clip_high": 0.2},
         {"preset": "official"},
         {"preset": "paper"},
+        {"preset": "separate"},
+        {"preset": "joint"},
         {"entropy_coefficient": 0.001},
         {"entropy_coefficient": 0.01, "entropy_on_demonstrations": False},
     ],

@@ -532,7 +532,7 @@ def test_decay_mask_of_a_real_tree_leaves_norms_and_biases_alone_property_30(mad
 # reducers under other compiled shapes
 
 
-@pytest.mark.parametrize("preset", ["official_fixed", "official", "paper"])
+@pytest.mark.parametrize("preset", ["official_fixed", "official", "paper", "separate", "joint"])
 def test_gradient_does_not_depend_on_rows_or_row_tokens(made, plain, preset):
     """Contract 3: the same samples in 2 rows of 48 and in 5 rows of 64 tokens. The preset is data of the planes."""
     samples = recorded.mixed(4, 5)

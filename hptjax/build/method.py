@@ -51,21 +51,24 @@ def build_recipe(config: Config, method: Method, questions_per_step: int) -> Rec
     estimator = build_estimator(hpt)
     scores = config.train.updates_per_rollout_batch > 1 and estimator.reads_rollout_logprobs
     rl, sft, over_all = _reducers(config, questions_per_step)
+    together = ROLLOUTS | DEMONSTRATIONS if hpt.preset == "joint" else None
     terms: list[Term] = []
     losses: dict[str, TokenLoss] = {}
     if threshold < group_size:
-        terms.append(Term("rl", ROLLOUTS, hpt.rl_coefficient, rl, estimator.advantage))
+        terms.append(Term("rl", ROLLOUTS, hpt.rl_coefficient, rl, estimator.advantage, normalised_over=together))
         losses["rl"] = _policy_loss(estimator, scores)
         if hpt.kl_coefficient > 0:
-            terms.append(Term("kl", ROLLOUTS, hpt.kl_coefficient, rl, ones))
+            terms.append(Term("kl", ROLLOUTS, hpt.kl_coefficient, rl, ones, normalised_over=together))
             token_loss = KL_TOKEN_LOSS[hpt.kl_estimator]
             losses["kl"] = lambda view, advantages: token_loss(view.logprobs, view.reference_logprobs)
     if threshold >= 0:
-        terms.append(Term("sft", DEMONSTRATIONS, hpt.sft_coefficient, sft, table.SFT.advantage))
+        terms.append(
+            Term("sft", DEMONSTRATIONS, hpt.sft_coefficient, sft, table.SFT.advantage, normalised_over=together)
+        )
         losses["sft"] = _policy_loss(table.SFT, scores)
     if hpt.entropy_coefficient > 0:
         sources = ROLLOUTS | DEMONSTRATIONS if hpt.entropy_on_demonstrations else ROLLOUTS
-        terms.append(Term("entropy", sources, hpt.entropy_coefficient, over_all, ones))
+        terms.append(Term("entropy", sources, hpt.entropy_coefficient, over_all, ones, normalised_over=together))
         losses["entropy"] = lambda view, advantages: entropy_token_loss(view.entropy)
     return Recipe(
         threshold=threshold,
@@ -106,7 +109,11 @@ def clips(recipe: Recipe) -> bool:
 
 
 def _reducers(config: Config, questions_per_step: int) -> tuple[reducers.Reducer, reducers.Reducer, reducers.Reducer]:
-    """The preset's reducers for RL, for SFT, and for the entropy of all completion tokens (design contract 5)."""
+    """The preset's reducers for RL, for SFT, and for the entropy of all completion tokens (design contract 5).
+
+    "separate" and "joint" take token means of the term's own population or of all populations together, which the
+    terms say themselves (`Term.normalised_over`).
+    """
     hpt, tokens = config.hpt, config.rollout.max_completion_tokens
     updates = config.train.updates_per_rollout_batch
     if hpt.preset == "official_fixed":
@@ -115,6 +122,8 @@ def _reducers(config: Config, questions_per_step: int) -> tuple[reducers.Reducer
     if hpt.preset == "official":
         demonstrations = reducers.official_sft(hpt.ranks)
         return reducers.official_rl(tokens, hpt.ranks), demonstrations, demonstrations
+    if hpt.preset in ("separate", "joint"):
+        return reducers.token_mean, reducers.token_mean, reducers.token_mean
     questions = questions_per_step // updates
     return reducers.paper_rl(questions), reducers.paper_sft(questions), reducers.token_mean
 

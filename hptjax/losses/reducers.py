@@ -4,7 +4,8 @@
 
 Nothing after this divides, so the gradients of any split into micro-batches simply add. A reducer is a function
 `Population -> w [N]`, float64, where the population is that of one term: the demonstrations for SFT, the rollouts for
-RL, either or both for entropy. The term's coefficient and the advantages come on top.
+RL, either or both for entropy. The term's coefficient and the advantages come on top. Where terms share one normaliser
+(preset `joint`) each of them hands in the samples of all and takes the weights of its own.
 
 Symbols: n_i live tokens of sample i, N their sum, S samples with n_i > 0, P groups (prompts) with live tokens, n_p live
 tokens of a group. A sample without live tokens weighs 0 and is not counted; an empty population gives zeros.
@@ -171,6 +172,10 @@ def paper_sft(questions: int) -> Reducer:
     return lambda population: (
         _inverse_counts(population.token_counts) * _inverse_counts(_sequences_of_group(population)) * inverse  # [N]
     )
+
+
+# Presets separate and joint (spec/accumulation.md 3.3): `token_mean` for every term. They differ in its population, the
+# term's own samples or those of all terms together, which the term says (`hptjax.hpt.terms.Term.normalised_over`).
 
 
 def _live(population: Population) -> np.ndarray:

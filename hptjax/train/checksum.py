@@ -25,6 +25,7 @@ from hptjax.types import Array, Params
 
 SIGN_SEED = 20_240_923  # any number; fixed, so that a run replays
 UNIT_ROUNDOFF = 2.0**-24
+SMALLEST = 2.0**-126  # squares below it may have been flushed to 0; the scale must not be 0 for that
 SAFETY = 16.0  # as in the bound on summed gradients (docs/proofs.md)
 NOT_CHECKED = -1.0
 
@@ -84,7 +85,7 @@ def observe(
         gradient = gradient.astype(jnp.float32)
         signs = _signs(jax.random.fold_in(key, place), gradient.shape)
         expected = expected + signed_sum(gradient, signs)
-        scale = scale + jnp.sqrt(square)
+        scale = scale + jnp.sqrt(square + gradient.size * SMALLEST)
         gap = jnp.abs(signed_sum(total, signs) - expected)
         share = _share(gap, tolerance(scale, gradient.shape, added))
         wrong = ~(share <= 1.0)  # a NaN is wrong, too

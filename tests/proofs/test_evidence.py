@@ -69,6 +69,13 @@ def test_t16_checksum_of_a_right_sum_is_far_below_its_bound():
     assert all(int(place) == -1 for place in checks.micro_batch.values())
 
 
+@pytest.mark.parametrize("power", [-40, -30, -25, -21, -20, -19, -18, 0, 15, 18])
+def test_t16_checksum_of_a_right_sum_passes_where_squares_underflow(power):
+    rng = np.random.default_rng(power + 50)
+    checks = observed([random_tree(rng, scale=10.0**power) for _ in range(12)])
+    assert all(float(residual) <= 1.0 for residual in checks.residual.values())
+
+
 @pytest.mark.parametrize("leaf", ["matrix", "stacked", "vector", "scalar"])
 def test_t16_checksum_names_the_leaf_and_the_micro_batch_of_a_fault(leaf):
     """One entry of one leaf off by a thousandth of the norm after the add of micro-batch 4."""
@@ -93,7 +100,7 @@ def test_t16_checksum_takes_no_gradient_and_no_finite_sum_on_trust():
     spoilt = observed(nothing, fault=lambda index, sums: sums | {"vector": sums["vector"].at[0].set(jnp.nan)})
     assert not float(spoilt.residual["vector"]) <= 1.0
     assert int(spoilt.micro_batch["vector"]) == 0
-    appeared = observed(nothing, fault=lambda index, sums: sums | {"vector": sums["vector"].at[0].set(1e-30)})
+    appeared = observed(nothing, fault=lambda index, sums: sums | {"vector": sums["vector"].at[0].set(1e-20)})
     assert not float(appeared.residual["vector"]) <= 1.0  # where nothing was added there is nothing to round
 
 
