@@ -7,7 +7,7 @@ A mutant breaks functions of the product (or of the two loops that tests drive i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -507,6 +507,24 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("aux loss per micro-batch, unscaled", "-", "sum", "P7 reference", unscaled_aux),
     Mutant("mean of means in the log", "Megatron-LM#7207", "metric", "T32 logged", mean_of_logged_means, devices=0),
 )
+
+
+def first_and_last_by_size(sizes: Sequence[int]) -> dict[int, float]:
+    """Window size k -> relative error of the sum under the DeepSpeed fault, on integers: 0 is bitwise right."""
+    (mutant,) = (mutant for mutant in MUTANTS if mutant.name == "first + last")
+    rows = max(sizes)
+    tokens, mask = toys.rows_of(np.random.default_rng(0), rows)
+    mask[:, 0] = True
+    answer = np.sum(toys.FEATURE_TABLE[tokens[mask]].astype(np.int64), axis=0)
+    errors = {}
+    with pipeline.without_evidence(), broken(mutant):
+        step, state = toys.sgd_setup(toys.linear_losses, {"policy": {"theta": jnp.zeros(toys.FEATURES)}})
+        for k in sizes:
+            cuts = [part.tolist() for part in np.array_split(np.arange(rows), k)]
+            after = toys.run_window(step, state, toys.window(tokens, mask, np.ones(mask.shape), cuts, pad_rows=rows))
+            change = -np.asarray(after.params["policy"]["theta"], np.float64)
+            errors[k] = float(np.linalg.norm(change - answer) / np.linalg.norm(answer))
+    return errors
 
 
 def margin(mutant: Mutant) -> float | None:
