@@ -60,10 +60,10 @@ returns the parameters after every update (hptjax/audit/job.py says what a job h
     def train(job):                                   # my_trainer.py; hptjax audit my_trainer:train
         theta, updates = job.parameters.copy(), []
         for window, rate in zip(job.windows, job.learning_rates):
-            tokens = sum(batch.mask.sum() for batch in window)
+            tokens = sum(part.mask.sum() for part in window)
             total = 0.0                               # loss of a token: features . theta
-            for batch in window:                      # put your accumulation here
-                total = total + batch.features[batch.mask].sum(axis=0)
+            for part in window:                       # put your accumulation here
+                total = total + part.features[part.mask].sum(axis=0)
             theta = (theta - rate * total / tokens).astype("float32")
             updates.append(theta)
         return updates

@@ -8,8 +8,8 @@ right one in NumPy:
   >>> def train(job):
   ...     theta, after = job.parameters.copy(), []
   ...     for window, rate in zip(job.windows, job.learning_rates):
-  ...         tokens = sum(batch.mask.sum() for batch in window)
-  ...         total = sum(batch.features[batch.mask].sum(axis=0) for batch in window)
+  ...         tokens = sum(part.mask.sum() for part in window)
+  ...         total = sum(part.features[part.mask].sum(axis=0) for part in window)
   ...         theta = theta - np.float32(rate) * total / np.float32(tokens)
   ...         after.append(theta)
   ...     return after
