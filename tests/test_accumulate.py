@@ -365,7 +365,7 @@ def test_second_parameter_tree_and_objective_probe_need_no_edit_of_train():
     np.testing.assert_array_equal(total["toy"]["policy"]["theta"], integer_gradient(tokens, mask, weights))
 
 
-def test_lifetime_token_total_carries_into_its_second_limb():
+def test_t15_lifetime_token_total_carries_into_its_second_limb():
     from hptjax.train.step import _advance_totals
 
     step, state = toys.sgd_setup(toys.linear_losses, toys.linear_params())

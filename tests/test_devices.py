@@ -170,7 +170,7 @@ def test_recorded_update_is_mixed_uneven_and_takes_several_micro_batches(folder)
 
 
 @pytest.mark.parametrize(("data", "tensor"), SPREAD)
-def test_summed_gradient_on_eight_devices_is_within_the_bound(folder, data, tensor):
+def test_t14_summed_gradient_on_eight_devices_is_within_the_bound(folder, data, tensor):
     bounds, norms = tolerances(folder)
     assert (norms > 100 * bounds[None, :]).all()  # the gap rule: a lost micro-batch would be seen in every leaf
     gaps = difference(run_recorded(folder, data, tensor).sums, run_recorded(folder, 1, 1).sums)
@@ -179,7 +179,7 @@ def test_summed_gradient_on_eight_devices_is_within_the_bound(folder, data, tens
 
 
 @pytest.mark.parametrize(("data", "tensor"), MESHES)
-def test_witness_and_token_counts_are_bitwise_the_plan_on_every_mesh(folder, data, tensor):
+def test_t14_witness_and_token_counts_are_bitwise_the_plan_on_every_mesh(folder, data, tensor):
     run = run_recorded(folder, data, tensor)
     planned = update_of(built(folder, 1, 1)[1], 0).planned_tokens
     assert run.witness.dtype == np.float32

@@ -106,6 +106,27 @@ def test_docs_named_tests_exist():
     assert [name for name in sorted(names) if f"def {name.rstrip('*')}" not in sources] == []
 
 
+def unnamed_tests(text: str) -> list[str]:
+    """Rows of the table of proofs, `| T5 | ... | files |`, whose files hold no test of the row's name."""
+    found = []
+    for row in re.findall(r"^\| (T\d+[^|]*)\|.*\|([^|]*)\|$", text, re.MULTILINE):
+        ids = re.findall(r"T(\d+)", row[0])
+        for path in CODE.findall(row[1]):
+            source = (ROOT / path).read_text(encoding="utf-8")
+            if not any(re.search(rf"def test_\w*t{number}_", source) for number in ids):
+                found.append(f"{row[0].strip()}: {path}")
+    return found
+
+
+def test_docs_every_proof_stands_in_the_files_of_its_row():
+    text = (ROOT / "docs" / "proofs.md").read_text(encoding="utf-8")
+    assert unnamed_tests(text) == []
+    assert {f"T{number}" for number in range(1, 33)} <= set(
+        re.findall(r"T\d+", "".join(re.findall(r"^\| T[^|]*", text, re.M)))
+    )
+    assert unnamed_tests("| T31 | one step | `tests/test_docs.py` |") == ["T31: tests/test_docs.py"]
+
+
 def test_docs_faults_are_found():
     assert missing_paths("see `docs/absent.md` and `hpt/gate.py`") == ["docs/absent.md"]
     assert broken_links("[a](absent.md) [b](https://x.org) [c](proofs.md#bounds)", ROOT / "docs") == ["absent.md"]

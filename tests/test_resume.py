@@ -203,7 +203,7 @@ def test_resume_after_a_clean_stop_keeps_samples_and_open_sums(uninterrupted, tm
 
 
 @pytest.mark.parametrize("added", [1, 2, 4, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5, 6, 8, 9, 10))])
-def test_resume_between_micro_batches_keeps_the_open_sums(uninterrupted, tmp_path, monkeypatch, added):
+def test_t17_resume_between_micro_batches_keeps_the_open_sums(uninterrupted, tmp_path, monkeypatch, added):
     """SIGTERM after n micro-batches or more, inside an open window: none of it is lost or added twice."""
     config = dataclasses.replace(uninterrupted, runs_dir=str(tmp_path / "runs"))
     original = loop.run

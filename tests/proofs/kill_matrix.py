@@ -36,7 +36,7 @@ def row(name: str) -> Row:
     """All layers on one mutant."""
     mutant = next(mutant for mutant in mutants.MUTANTS if mutant.name == name)
     with mutants.broken(mutant):
-        return Row(name, layers.verdicts(layers.LAYERS), mutants.margin(mutant))
+        return Row(name, layers.verdicts(layers.LAYERS, devices=mutant.devices), mutants.margin(mutant))
 
 
 def complaints_of_the_right_code() -> list[str]:

@@ -56,7 +56,7 @@ def influence() -> None:
         for row, column in live[:: max(len(live) // 4, 1)]:
             batches = [_with_weights(batch, None) for batch in update.micro_batches]
             batches[index] = _with_weights(holder, (row, column))
-            after = toys.run_window(step, state, batches)
+            after = pipeline.run_window(step, state, batches)
             change = pipeline.applied(state, [after])[0]
             features = toys.FEATURE_TABLE[holder.target_tokens[row, column]]
             expect(
@@ -72,20 +72,16 @@ def _with_weights(batch, place):
     return batch.replace(planes={"toy": batch.planes["toy"].replace(weights=weights)})
 
 
+def integers_on_two_devices() -> None:
+    """P3, T14: the integers again, with the rows of every micro-batch on two devices."""
+    with pipeline.spread_over(2):
+        integers()
+
+
 def integers() -> None:
     """P3, T1-T4, T10: four windows in a row, bitwise the int64 sums."""
-    _integers(1)
-
-
-def integers_on_two_devices() -> None:
-    """P3, T14: the same with the rows of every micro-batch on two devices."""
-    _integers(2)
-
-
-def _integers(devices: int) -> None:
-    with pipeline.spread_over(devices):
-        step, state = pipeline.start("integer")
-        states = pipeline.run(step, state, pipeline.plans("sum"))
+    step, state = pipeline.start("integer")
+    states = pipeline.run(step, state, pipeline.plans("sum"))
     expect(len(states) == len(pipeline.CASES), f"expected {len(pipeline.CASES)} updates, saw {len(states)}")
     for window, (samples, change) in enumerate(zip(pipeline.CASES, pipeline.applied(state, states), strict=True)):
         for name, answer in pipeline.integer_answer(samples).items():
@@ -265,15 +261,16 @@ LAYERS: dict[str, Layer] = {
 }
 
 
-def verdicts(names: Iterable[str]) -> dict[str, str | None]:
-    """What each of these layers sees wrong in the product as it stands, or None.
+def verdicts(names: Iterable[str], *, devices: int = 1) -> dict[str, str | None]:
+    """What each of these layers sees wrong in the product as it stands, or None; steps run on so many devices.
 
     "P1 structure" and "P6 run time" look at the step as it is; for the others its own evidence is silenced, because a
     refused update would look like a wrong one: they must see the fault by themselves.
     """
-    found = {name: seen_by(name) for name in names if name in WITH_EVIDENCE}
-    with pipeline.without_evidence():
-        return found | {name: seen_by(name) for name in names if name not in WITH_EVIDENCE}
+    with pipeline.spread_over(devices):
+        found = {name: seen_by(name) for name in names if name in WITH_EVIDENCE}
+        with pipeline.without_evidence():
+            return found | {name: seen_by(name) for name in names if name not in WITH_EVIDENCE}
 
 
 def seen_by(name: str) -> str | None:

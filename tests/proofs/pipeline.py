@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from hptjax.records import Sample, SampleId, Source
 from hptjax.sharding.mesh import make_mesh, put_micro_batch
 from hptjax.train import step as stepping
 from hptjax.train.accumulate import Status
-from hptjax.types import SumCount
+from hptjax.types import MicroBatch, SumCount
 from tests import toys
 
 UNIT_ROUNDOFF = 2.0**-24
@@ -105,11 +106,12 @@ def model(name: str):
 @contextlib.contextmanager
 def spread_over(devices: int) -> Iterator[None]:
     """Runs of this block cut the rows of every micro-batch over so many devices."""
+    before = SPREAD[0]
     SPREAD[0] = devices
     try:
         yield
     finally:
-        SPREAD[0] = 1
+        SPREAD[0] = before
 
 
 @contextlib.contextmanager
@@ -149,18 +151,30 @@ def start(name: str, *, optimizer=None):
 
 def run(step, state, updates: Sequence[assembling.Update]) -> list:
     """The states after each flush of the stream of these updates."""
-    mesh = make_mesh(SPREAD[0], 1, devices=jax.devices()[: SPREAD[0]])
-    if SPREAD[0] > 1:
-        state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    state = placed(state)
     stream = [micro_batch for update in updates for micro_batch in update.micro_batches]
     flags = last_flags([len(update.micro_batches) for update in updates])
     after = []
     for micro_batch, is_last in zip(stream, flags, strict=True):
-        placed = put_micro_batch(mesh, micro_batch) if SPREAD[0] > 1 else micro_batch
-        state = step(state, placed, jnp.asarray(is_last))
+        state = step(state, placed(micro_batch), jnp.asarray(is_last))
         if is_last:
             after.append(state)
     return after
+
+
+def run_window(step, state, micro_batches) -> Any:
+    """`toys.run_window` on the devices of the block."""
+    return toys.run_window(step, placed(state), [placed(micro_batch) for micro_batch in micro_batches])
+
+
+def placed(tree: Any) -> Any:
+    """A state (whole everywhere) or a micro-batch (rows cut) on the devices of the block."""
+    if SPREAD[0] == 1:
+        return tree
+    mesh = make_mesh(SPREAD[0], 1, devices=jax.devices()[: SPREAD[0]])
+    if isinstance(tree, MicroBatch):
+        return put_micro_batch(mesh, tree)
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 def applied(before, states) -> list[dict[str, np.ndarray]]:

@@ -15,7 +15,7 @@ def test_every_layer_passes_on_the_right_code():
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutant_is_killed_by_the_named_layer(mutant):
     with mutants.broken(mutant):
-        assert layers.verdicts([mutant.killed_by])[mutant.killed_by] is not None
+        assert layers.verdicts([mutant.killed_by], devices=mutant.devices)[mutant.killed_by] is not None
 
 
 @pytest.mark.parametrize(
