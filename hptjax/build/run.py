@@ -29,7 +29,7 @@ from hptjax.train.jsonl import open_jsonl, read_rows, truncate_after
 from hptjax.train.ledger import check_totals
 from hptjax.train.loop import Stopped, run
 from hptjax.train.stage import Progress, Stage, progress_from_host
-from hptjax.train.state import check_after_resume
+from hptjax.train.state import TrainState, check_after_resume
 
 
 def train(config: Config, *, quiet: bool = False) -> dict[str, Any]:
@@ -87,6 +87,7 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
             return seconds_before + time.monotonic() - began
 
         _drop_unsaved_rows(folder, progress)
+        _check_ledger(folder, state, progress)
         with contextlib.ExitStack() as files:
             telemetry = build_telemetry(config, folder, stages, progress, files, quiet=quiet)
             if not quiet:
@@ -111,7 +112,7 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
                 kept = "and saved at" if saver.saved else "without a checkpoint of"
                 telemetry.say(f"stopped {kept} step {progress.step}; the same command continues")
                 raise SystemExit(0) from None
-        check_totals(read_rows(folder / "ledger.jsonl"), to_host(state.totals))
+        _check_ledger(folder, state, progress)
         if config.checkpoint.export_folder is not None:
             export(parts, state.params["policy"], Path(config.checkpoint.export_folder))
         _draw(config, folder, stages)
@@ -155,6 +156,12 @@ def _drop_unsaved_rows(folder: Path, progress: Progress) -> None:
             )
     for name in ("metrics.jsonl", "ledger.jsonl", "panel.jsonl"):
         truncate_after(folder / name, last)
+
+
+def _check_ledger(folder: Path, state: TrainState, progress: Progress) -> None:
+    """Raises AccumulationError where the ledger's rows do not add up to what the state has counted."""
+    under_way = progress.open_step.ledger_rows if progress.open_step is not None else []
+    check_totals([*read_rows(folder / "ledger.jsonl"), *under_way], to_host(state.totals))
 
 
 def opening_line(parts: Parts, folder: Path, stages: Sequence[Stage], progress: Progress) -> str:

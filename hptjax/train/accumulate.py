@@ -13,6 +13,7 @@ the split), so the chain never divides.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -91,6 +92,14 @@ def all_finite(tree: Params, squares: Params) -> Bool[Array, ""]:
 def witness_agrees(sums: Sums, planned_tokens: Int[Array, " M"]) -> Bool[Array, ""]:
     """True where every micro-batch went through the sum exactly once, unscaled (bitwise)."""
     return jnp.all(sums.witness == planned_tokens.astype(jnp.float32))
+
+
+def earliest(micro_batches: Sequence[Int[Array, ""]]) -> Int[Array, ""]:
+    """The smallest of these indices that is not -1; -1 where all are."""
+    places = jnp.stack(list(micro_batches))
+    after_all = jnp.iinfo(jnp.int32).max
+    first = jnp.min(jnp.where(places < 0, after_all, places))
+    return jnp.where(first == after_all, -1, first).astype(jnp.int32)
 
 
 def first_disagreement(sums: Sums, planned_tokens: Int[Array, " M"]) -> Int[Array, ""]:

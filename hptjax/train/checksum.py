@@ -1,14 +1,16 @@
-"""A second route to every leaf's sum, by random signs: <signs, sum of gradients> = sum of <signs, gradient>.
+"""A second route to every leaf's sum, by a random vector: <r, sum of gradients> = sum of <r, gradient>.
 
 The witness travels with the gradients, but it is one leaf; a fault may hit another one (a buffer copied instead of
 added for tied embeddings, a lost write-back of one shard). So in a checked window each micro-batch's gradient is also
 reduced to one number per leaf, these numbers are added on their own, and after every add the leaf's sum must give the
 same number. The first micro-batch after which it does not is named, with the leaf.
 
-The signs of a leaf are an outer product of one random +-1 vector per axis, drawn anew for every window: the expected
-square of <signs, error> is the error's squared norm, as for independent signs, and nothing of the leaf's size is drawn.
+The r of a leaf is an outer product of one vector per axis, drawn anew for every window, so that nothing of the leaf's
+size is drawn: a random sign times a size between 0.5 and 1.5. <r, error> has about the error's norm; the sizes differ,
+because with signs alone two entries that changed places would cancel half of the time.
 
-Source: Freivalds 1979; accumulation spec 4.3, which compares once, at the flush, and so cannot name the micro-batch.
+Source: Freivalds 1979; accumulation spec 4.3, which takes signs, and compares once, at the flush, and so cannot name
+the micro-batch.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
+from hptjax.train.accumulate import earliest
 from hptjax.types import Array, Params
 
-SIGN_SEED = 20_240_923  # any number; fixed, so that a run replays
+SEED = 20_240_923  # any number; fixed, so that a run replays
 UNIT_ROUNDOFF = 2.0**-24
 SMALLEST = 2.0**-126  # squares below it may have been flushed to 0; the scale must not be 0 for that
 SAFETY = 16.0  # as in the bound on summed gradients (docs/proofs.md)
@@ -35,8 +38,8 @@ class LeafChecks:
     """What is known of a chain's sums in the open window; every field is a tree of scalars, one per parameter leaf.
 
     Args
-      expected: sum of <signs, gradient> over the micro-batches. scale: sum of the gradients' norms.
-      residual: largest |<signs, sums> - expected| so far, as a share of what rounding may cause; above 1 is a fault.
+      expected: sum of <r, gradient> over the micro-batches. scale: sum of the gradients' norms.
+      residual: largest |<r, sums> - expected| so far, as a share of what rounding may cause; above 1 is a fault.
       micro_batch: the first micro-batch after which the residual was above 1, or -1.
     """
 
@@ -70,23 +73,23 @@ def observe(
 
     Args
       gradients: of the micro-batch. squares: their sums of squares, per leaf. sums: after it was added.
-      window: which window of the run this is; the signs depend on it. added: micro-batches in the sums.
+      window: which window of the run this is; r depends on it. added: micro-batches in the sums.
     """
     leaves, treedef = jax.tree.flatten(gradients)
     columns = [
         jax.tree.leaves(tree)
         for tree in (squares, sums, checks.expected, checks.scale, checks.residual, checks.micro_batch)
     ]
-    key = jax.random.fold_in(jax.random.key(SIGN_SEED), window)
+    key = jax.random.fold_in(jax.random.key(SEED), window)
     rows = []
     for place, (gradient, square, total, expected, scale, residual, micro_batch) in enumerate(
         zip(leaves, *columns, strict=True)
     ):
         gradient = gradient.astype(jnp.float32)
-        signs = _signs(jax.random.fold_in(key, place), gradient.shape)
-        expected = expected + signed_sum(gradient, signs)
+        vectors = _vectors(jax.random.fold_in(key, place), gradient.shape)
+        expected = expected + projected(gradient, vectors)
         scale = scale + jnp.sqrt(square + gradient.size * SMALLEST)
-        gap = jnp.abs(signed_sum(total, signs) - expected)
+        gap = jnp.abs(projected(total, vectors) - expected)
         share = _share(gap, tolerance(scale, gradient.shape, added))
         wrong = ~(share <= 1.0)  # a NaN is wrong, too
         first = jnp.where((micro_batch < 0) & wrong, micro_index, micro_batch).astype(jnp.int32)
@@ -94,16 +97,16 @@ def observe(
     return LeafChecks(*(jax.tree.unflatten(treedef, column) for column in zip(*rows, strict=True)))
 
 
-def signed_sum(leaf: Float[Array, "..."], signs: list[Any]) -> Float[Array, ""]:
-    """sum of leaf * (outer product of the signs), one axis after the other; in fp32 on every device."""
-    for vector in reversed(signs):
+def projected(leaf: Float[Array, "..."], vectors: list[Any]) -> Float[Array, ""]:
+    """sum of leaf * (outer product of the vectors), one axis after the other; in fp32 on every device."""
+    for vector in reversed(vectors):
         leaf = jnp.matmul(leaf, vector, precision=jax.lax.Precision.HIGHEST)
     return leaf
 
 
 def tolerance(scale: Float[Array, ""], shape: tuple[int, ...], added: Int[Array, ""]) -> Float[Array, ""]:
-    """What rounding may do: 16 u (micro-batches + sum over axes of sqrt(length)) x sum of the gradients' norms."""
-    along_axes = sum(math.sqrt(length) for length in shape)
+    """What rounding may do: 16 u (micro-batches + sum over axes of sqrt(length) / 4) x sum of the gradients' norms."""
+    along_axes = sum(math.sqrt(length) / 4 for length in shape)
     return SAFETY * UNIT_ROUNDOFF * (added.astype(jnp.float32) + along_axes) * scale
 
 
@@ -114,18 +117,17 @@ def holds(checks: LeafChecks) -> Bool[Array, ""]:
 
 def first_wrong(checks: LeafChecks) -> Int[Array, ""]:
     """The first micro-batch after which some leaf's sum was wrong; -1 where none was."""
-    places = jnp.stack(jax.tree.leaves(checks.micro_batch))
-    after_all = jnp.iinfo(jnp.int32).max
-    earliest = jnp.min(jnp.where(places < 0, after_all, places))
-    return jnp.where(earliest == after_all, -1, earliest).astype(jnp.int32)
+    return earliest(jax.tree.leaves(checks.micro_batch))
 
 
-def _signs(key: Any, shape: tuple[int, ...]) -> list[Any]:
-    """One vector of +-1 per axis."""
-    return [
-        jax.random.rademacher(jax.random.fold_in(key, axis), (length,), jnp.float32)
-        for axis, length in enumerate(shape)
-    ]
+def _vectors(key: Any, shape: tuple[int, ...]) -> list[Any]:
+    """One vector per axis: signs times sizes between 0.5 and 1.5."""
+    vectors = []
+    for axis, length in enumerate(shape):
+        sign_key, size_key = jax.random.split(jax.random.fold_in(key, axis))
+        sizes = jax.random.uniform(size_key, (length,), jnp.float32, 0.5, 1.5)
+        vectors.append(jax.random.rademacher(sign_key, (length,), jnp.float32) * sizes)
+    return vectors
 
 
 def _share(gap: Float[Array, ""], allowed: Float[Array, ""]) -> Float[Array, ""]:

@@ -26,6 +26,7 @@ def ledger_row(
     *,
     step: int,
     place: int,
+    window: int,
     learning_rate: float,
     schedule_step: int,
     clip_norm: float | None,
@@ -35,7 +36,8 @@ def ledger_row(
     Args
       report: a `train.state.Report` of NumPy arrays.
       update: the plan; its counts were taken from the samples, before anything was packed.
-      step, place: which update of which step. schedule_step: the optimizer step that the learning rate is of.
+      step, place: which update of which step. window: which flush of the run this must be, from 1.
+      schedule_step: the optimizer step that the learning rate is of.
     """
     norms = {name: float(norm) for name, norm in report.grad_norm.items()}
     largest = max(norms.values())
@@ -43,6 +45,7 @@ def ledger_row(
     return {
         "step": step,
         "update": place,
+        "window_planned": window,
         "window": int(report.windows),
         "optimizer_step": int(report.optimizer_steps),
         "status": Status(int(report.status)).name.lower(),
@@ -87,8 +90,13 @@ def check(row: Mapping[str, Any], *, nonfinite: str) -> None:
     where = f"step {row['step']}, update {row['update']}"
     named = "" if row["bad_micro_batch"] < 0 else f" of micro-batch {row['bad_micro_batch']}"
     fault = (
-        "parameters were not changed. This is a fault of the program or the hardware: keep the run folder and report it"
+        "the window was not applied. This is a fault of the program or the hardware: keep the run folder and report it"
     )
+    if row["window"] != row["window_planned"]:
+        raise AccumulationError(
+            f"{where}: expected the device to have closed window {row['window_planned']}, got {row['window']}: one was "
+            "not closed, or twice, or the state is not the one that the run had; keep the run folder and report it"
+        )
     if row["status"] == Status.WITNESS_MISMATCH.name.lower():
         raise AccumulationError(
             f"{where}: expected every micro-batch once in the gradient sum, but the witness{named} is wrong; {fault}"

@@ -186,6 +186,7 @@ def _apply_updates(
             update,
             step=progress.step + 1,
             place=step.update_index,
+            window=progress.windows + 1,
             learning_rate=stage.learning_rate(schedule_step),
             schedule_step=schedule_step,
             clip_norm=stage.clip_norm,
@@ -197,6 +198,7 @@ def _apply_updates(
             for row in step.ledger_rows:  # the evidence stays on disk; a resumed run drops it with the unfinished step
                 world.log_ledger(row)
             raise
+        progress.windows += 1
         stats = dict(report.stats)
         if step.update_index > 0:  # the weights have moved since the samples were drawn: no measure of the sampler
             stats = {name: stat for name, stat in stats.items() if not name.startswith("rollout/logp_diff")}

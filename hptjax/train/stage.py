@@ -90,6 +90,7 @@ class Progress:
     step: int = 0  # steps done over all stages
     stage_step: int = 0
     stage_updates: int = 0  # optimizer steps before this stage
+    windows: int = 0  # flushes accepted over all stages; the device must count the same
     history: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     evaluated: int = -1  # last step whose evaluation is in the metrics
     open_step: OpenStep | None = None

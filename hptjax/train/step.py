@@ -22,6 +22,7 @@ from hptjax.train.accumulate import (
     Status,
     add,
     all_finite,
+    earliest,
     first_disagreement,
     square_sums,
     witness_agrees,
@@ -82,7 +83,7 @@ def make_micro_step(
             Evidence(
                 Status.WITNESS_MISMATCH,
                 jnp.all(jnp.stack([witness_agrees(sums, planned_tokens) for sums in chain_sums])),
-                jnp.max(jnp.stack([first_disagreement(sums, planned_tokens) for sums in chain_sums])),
+                earliest([first_disagreement(sums, planned_tokens) for sums in chain_sums]),
             ),
             _digest_evidence(window.digest, micro_batch.planned_digest),
             Evidence(Status.NONFINITE, window.first_nonfinite < 0, window.first_nonfinite),
@@ -226,7 +227,7 @@ def _checksum_evidence(window: Window) -> Evidence:
     checks = list(window.checks.values())
     right = jnp.all(jnp.stack([holds(chain) for chain in checks]))
     return Evidence(
-        Status.CHECKSUM_MISMATCH, right | ~window.checked, jnp.max(jnp.stack([first_wrong(chain) for chain in checks]))
+        Status.CHECKSUM_MISMATCH, right | ~window.checked, earliest([first_wrong(chain) for chain in checks])
     )
 
 

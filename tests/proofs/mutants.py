@@ -68,8 +68,8 @@ def broken(mutant: Mutant) -> Iterator[None]:
 # How to break things
 
 
-def accumulate_by(rule: Callable[[Any, Any, SimpleNamespace], Any], *, leaf: str = "") -> Callable:
-    """Every leaf's add becomes rule(total, part, now), or that of the named leaf only; `now` is the call's context.
+def accumulate_by(rule: Callable[[Any, Any, SimpleNamespace], Any], *, leaves: Sequence[str] = ("",)) -> Callable:
+    """Every leaf's add becomes rule(total, part, now), or that of the named ones only; `now` is the call's context.
 
     now.first, now.last: of its window; now.index, now.window: which; now.k: micro-batches planned; now.live: tokens.
     """
@@ -91,7 +91,11 @@ def accumulate_by(rule: Callable[[Any, Any, SimpleNamespace], Any], *, leaf: str
         def add(sums, gradients, witness):
             def one(path, total, part):
                 part = part.astype(jnp.float32)
-                return rule(total, part, now) if leaf in jax.tree_util.keystr(path) else total + part
+                return (
+                    rule(total, part, now)
+                    if any(name in jax.tree_util.keystr(path) for name in leaves)
+                    else total + part
+                )
 
             return jax.tree_util.tree_map_with_path(one, sums, accumulate.Sums(gradients, witness))
 
@@ -271,7 +275,10 @@ def repeated_sample(patch: pytest.MonkeyPatch) -> None:
 def shifted_boundary(by: int) -> Callable:
     def breaks(patch: pytest.MonkeyPatch) -> None:
         right = pipeline.last_flags
-        patch.setattr(pipeline, "last_flags", lambda sizes: np.roll(right(sizes), by).tolist())
+        if by > 0:
+            patch.setattr(pipeline, "last_flags", lambda sizes: [*[False] * by, *right(sizes)[:-by]])
+        else:
+            patch.setattr(pipeline, "last_flags", lambda sizes: [*right(sizes)[-by:], *[False] * -by])
 
     return breaks
 
@@ -340,20 +347,24 @@ def last_update_dropped(patch: pytest.MonkeyPatch) -> None:
 
 
 def unscaled_aux(patch: pytest.MonkeyPatch) -> None:
-    """A regulariser is added once per micro-batch instead of once per update."""
-    right = pipeline.model
+    """The auxiliary loss is added whole in every micro-batch instead of once per update."""
+    patch.setattr(pipeline, "auxiliary_share", lambda batch: jnp.ones((), jnp.float32))
 
-    def model(name):
-        losses, params = right(name)
 
-        def with_aux(params, batch):
-            named, stats = losses(params, batch)
-            leaves = jax.tree.leaves(params["policy"])
-            return named | {"aux": 0.1 * sum(jnp.sum((leaf + 1.0) ** 2) for leaf in leaves)}, stats
+def exchanged_samples(patch: pytest.MonkeyPatch) -> None:
+    """Two samples of equal length change micro-batches after the plan was made: no sum and no count is wrong."""
+    right = assembling.micro_batch_arrays
 
-        return with_aux, params
+    def arrays(samples, layout, values, *, sample_hashes, **options):
+        order = np.arange(len(samples))
+        home = {place: m for m, group in enumerate(layout) for row in group for place in row}
+        sizes = [(len(sample.prompt_tokens), len(sample.completion_tokens)) for sample in samples]
+        pairs = [(i, j) for i in order for j in order if i < j and sizes[i] == sizes[j] and home[i] != home[j]]
+        for i, j in pairs[:1]:
+            order[[i, j]] = order[[j, i]]
+        return right([samples[i] for i in order], layout, values, sample_hashes=sample_hashes[order], **options)
 
-    patch.setattr(pipeline, "model", model)
+    patch.setattr(assembling, "micro_batch_arrays", arrays)
 
 
 def mean_of_logged_means(patch: pytest.MonkeyPatch) -> None:
@@ -413,14 +424,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "Fast-LLM#550",
         "sum",
         "P6 run time",
-        accumulate_by(lambda total, part, now: part, leaf="w1"),
+        accumulate_by(lambda total, part, now: part, leaves=("w1", "theta")),
     ),
     Mutant(
         "copy instead of add from the second window on, one leaf",
         "Fast-LLM#550",
         "sum",
         "P6 run time",
-        accumulate_by(lambda total, part, now: jnp.where(now.window > 0, part, total + part), leaf="w2"),
+        accumulate_by(lambda total, part, now: jnp.where(now.window > 0, part, total + part), leaves=("w2", "bias")),
     ),
     Mutant(
         "no reset between windows",
@@ -485,18 +496,25 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "missing 1/k", "LlamaFactory#7443", "sum", "P7 reference", weigh_by(lambda w, b, batches, i: w * len(batches))
     ),
-    Mutant("extra D", "transformers#40799", "sum", "P7 reference", weigh_by(lambda w, b, batches, i: w * 4)),
-    Mutant("missing D", "verl#5366", "sum", "P7 reference", weigh_by(lambda w, b, batches, i: w / 4)),
+    Mutant("extra D (of 4)", "transformers#40799", "sum", "P7 reference", weigh_by(lambda w, b, batches, i: w * 4)),
+    Mutant("missing D (of 4)", "verl#5366", "sum", "P7 reference", weigh_by(lambda w, b, batches, i: w / 4)),
     Mutant("normaliser of the window before", "OpenRLHF#1337", "sum", "P7 reference", stale_normaliser),
     Mutant("normaliser of the generation batch", "TRL#5619", "sum", "P7 reference", generation_normaliser),
     Mutant("padding counted in Z", "Levanter#842", "sum", "P7 reference", padded_normaliser),
     Mutant("mask off by one", "OpenRLHF#973", "sum", "T12 masks", mask_off_by_one),
     Mutant("a sample lost in packing", "-", "sum", "P6 run time", lost_sample),
     Mutant("a sample packed twice, another lost", "-", "sum", "P6 run time", repeated_sample),
+    Mutant("two samples exchanged between micro-batches", "-", "window", "P6 run time", exchanged_samples),
     Mutant("bf16 accumulator", "MaxText, optax up to 0.2.7", "rounding", "P3 integers", accumulate_by(low_precision)),
     Mutant("running mean", "optax.MultiSteps", "rounding", "P3 integers", accumulate_by(running_mean)),
     Mutant("divide first", "-", "rounding", "P3 integers", accumulate_by(divide_first)),
-    Mutant("clip before the sum", "clip outside the accumulator", "sum", "P7 reference", accumulate_by(clipped_part)),
+    Mutant(
+        "clip before the sum",
+        "clip outside the accumulator",
+        "sum",
+        "P7 reference",
+        accumulate_by(clipped_part, leaves=("gradients",)),
+    ),
     Mutant("decay per micro-batch", "-", "state", "T23 moments", after_step(decay_per_micro_batch)),
     Mutant("schedule per micro-batch", "burn#5695", "state", "T21 schedule", after_step(schedule_per_micro_batch)),
     Mutant("Adam per micro-batch", "optax.apply_every", "state", "T23 moments", update_every_micro_batch),

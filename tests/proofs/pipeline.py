@@ -33,6 +33,15 @@ LIMITS = {"rows": 2, "row_tokens": 16, "max_segments": 3, "max_micro_batches": t
 SPREAD = [1]  # devices of the run under way: mutants of the data-parallel reduction read it
 
 
+class Broken(AssertionError):
+    """The property does not hold; the message says what was seen."""
+
+
+def expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise Broken(message)
+
+
 def demonstrations(lengths: Sequence[int], *, visit: int) -> list[Sample]:
     """One sample per length, each of a question of its own, with prompts of 1 to 3 tokens."""
     rng = np.random.default_rng([11, visit])
@@ -81,12 +90,21 @@ def integer_losses(params, batch):
     scores = jnp.einsum("btf,f->bt", features, params["policy"]["theta"], precision="highest")
     scores = scores + params["policy"]["bias"][0]
     loss = jnp.sum(scores * batch.planes["toy"].weights)
-    return {"toy": loss}, statistics(batch)
+    return {"toy": loss, "aux": auxiliary(params, batch)}, statistics(batch)
 
 
 def tanh_losses(params, batch):
-    """`toys.tanh_losses` with the same statistics."""
-    return toys.tanh_losses(params, batch)[0], statistics(batch)
+    """`toys.tanh_losses` with an auxiliary loss and the same statistics."""
+    return toys.tanh_losses(params, batch)[0] | {"aux": auxiliary(params, batch)}, statistics(batch)
+
+
+def auxiliary(params, batch):
+    """The sum of all parameters, as a loss per window: each micro-batch takes part by its weights."""
+    return auxiliary_share(batch) * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params["policy"]))
+
+
+def auxiliary_share(batch):
+    return jnp.sum(batch.planes["toy"].weights)
 
 
 def statistics(batch):
@@ -159,6 +177,7 @@ def run(step, state, updates: Sequence[assembling.Update]) -> list:
         state = step(state, placed(micro_batch), jnp.asarray(is_last))
         if is_last:
             after.append(state)
+    expect(len(after) == len(updates), f"expected {len(updates)} updates, saw {len(after)}")
     return after
 
 
@@ -194,18 +213,18 @@ def applied(before, states) -> list[dict[str, np.ndarray]]:
 
 
 def integer_answer(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    """Sum over all completion tokens of their features, and their number."""
+    """Over all completion tokens, the sum of their features, and their number; plus the auxiliary loss's gradient."""
     theta = np.zeros(toys.FEATURES, np.int64)
     count = 0
     for sample in samples:
         for token in sample.completion_tokens.tolist():
             theta += toys.FEATURE_TABLE[token].astype(np.int64)
             count += 1
-    return {"theta": theta.astype(np.float64), "bias": np.asarray([count], np.float64)}
+    return {"theta": theta.astype(np.float64) + count, "bias": np.asarray([2 * count], np.float64)}
 
 
 def tanh_answer(params: dict[str, np.ndarray], samples: Sequence[Sample], weight: float) -> dict[str, np.ndarray]:
-    """Gradient of weight * sum of (w2 . tanh(x w1 / 8))^2, by the chain rule, token by token."""
+    """Gradient of weight * sum of (w2 . tanh(x w1 / 8))^2 + all parameters, by the chain rule, token by token."""
     w1, w2 = (np.asarray(params[name], np.float64) for name in ("w1", "w2"))
     first, second = np.zeros_like(w1), np.zeros_like(w2)
     for sample in samples:
@@ -213,8 +232,8 @@ def tanh_answer(params: dict[str, np.ndarray], samples: Sequence[Sample], weight
             x = toys.FEATURE_TABLE[token].astype(np.float64) / 8.0
             hidden = np.tanh(x @ w1)
             outer = 2.0 * (hidden @ w2) * weight
-            second += outer * hidden
-            first += np.outer(x, outer * w2 * (1.0 - hidden**2))
+            second += outer * hidden + weight
+            first += np.outer(x, outer * w2 * (1.0 - hidden**2)) + weight
     return {"w1": first, "w2": second}
 
 
@@ -232,8 +251,8 @@ class Gap:
 def gaps(before, states) -> list[Gap]:
     """Per window of CASES, the gap of the tanh model under the token mean: 16 (k + sqrt(T)) u sum of norms is 1."""
     found = []
-    trail = [before, *states]
-    for samples, size, old, change in zip(CASES, SIZES, trail, applied(before, states), strict=False):
+    begins = [before, *states[:-1]]
+    for samples, size, old, change in zip(CASES, SIZES, begins, applied(before, states), strict=True):
         params = {name: np.asarray(leaf) for name, leaf in old.params["policy"].items()}
         tokens = sum(len(sample.completion_tokens) for sample in samples)
         answer = tanh_answer(params, samples, 1.0 / tokens)

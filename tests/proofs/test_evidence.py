@@ -37,7 +37,14 @@ def reported(tanh, update):
 
 
 def row_of(report, update, **changes):
-    settings = {"step": 1, "place": 0, "learning_rate": 1.0, "schedule_step": 0, "clip_norm": 0.25} | changes
+    settings = {
+        "step": 1,
+        "place": 0,
+        "window": int(report.windows),
+        "learning_rate": 1.0,
+        "schedule_step": 0,
+        "clip_norm": 0.25,
+    } | changes
     return ledger_row(report, update, **settings)
 
 
@@ -143,7 +150,7 @@ def test_t16_checksum_runs_when_it_is_due_and_after_a_resume(every):
     inside = check_after_resume(inside)
     for index, batch in enumerate(update.micro_batches[1:], start=1):
         inside = step(inside, batch, jnp.asarray(index == len(update.micro_batches) - 1))
-    assert float(jax.tree.leaves(inside.report.leaf_residual)[0]) == (0.0 if every == 1 else -1.0)
+    assert (float(jax.tree.leaves(inside.report.leaf_residual)[0]) >= 0.0) == (every == 1)
     assert checked(inside)[1]
 
 
@@ -197,6 +204,7 @@ def test_ledger_row_says_what_was_planned_and_what_was_seen(tanh):
     [
         ({"micro_batches": 6}, "expected micro-batches 7 as planned from the samples, got 6"),
         ({"tokens": 3}, "expected live tokens"),
+        ({"window": 3}, "expected the device to have closed window 1, got 3"),
         ({"digest": [1, 2]}, "expected the sample digest"),
         ({"status": "witness_mismatch", "bad_micro_batch": 2}, "the witness of micro-batch 2 is wrong"),
         (
