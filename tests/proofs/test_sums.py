@@ -122,7 +122,8 @@ def test_t9_no_trace_of_a_bad_micro_batch_before_the_flush_and_policy_raise_name
     after = step(now, batches[-1], jnp.asarray(True))
     assert int(after.report.status) == Status.NONFINITE
     assert unchanged(state, after)
-    row = ledger_row(after.report, update, step=3, place=0, learning_rate=1.0, schedule_step=0, clip_norm=None)
+    settings = {"learning_rate": 1.0, "schedule_step": 0, "clip_norm": None}
+    row = ledger_row(after.report, update, step=3, place=0, window=int(after.report.windows), **settings)
     check(row, nonfinite="skip_window")
     with pytest.raises(AccumulationError, match=rf"step 3, update 0: the gradient of micro-batch {poisoned} is not"):
         check(row, nonfinite="raise")
@@ -340,7 +341,8 @@ def test_t15_counters_equal_a_numpy_count_over_ragged_windows():
         update = normalisers.plan(recipe, samples)
         state = toys.run_window(step, state, update.micro_batches)
         tokens, sequences = sum(len(s.completion_tokens) for s in samples), len(samples)
-        row = ledger_row(state.report, update, step=visit, place=0, learning_rate=1.0, schedule_step=0, clip_norm=None)
+        settings = {"learning_rate": 1.0, "schedule_step": 0, "clip_norm": None}
+        row = ledger_row(state.report, update, step=visit, place=0, window=int(state.report.windows), **settings)
         check(row, nonfinite="raise")
         assert (row["tokens"], row["tokens_planned"], row["sequences"]) == (tokens, tokens, sequences)
         assert row["micro_batches"] == len(update.micro_batches)
