@@ -20,6 +20,7 @@ from hptjax.config_text import command_line
 
 T = TypeVar("T")
 BAD_INPUT, INTERRUPTED = 2, 130
+KEEPS_CHECKPOINTS = ("train", "compare")  # an interrupted one goes on where it was
 PACKAGE = pathlib.Path(__file__).resolve().parent
 ConfigFields = Annotated[Config, tyro.conf.arg(name="")]  # the fields keep the names they have in the file
 Checkpoint = Literal["base", "last", "best"]
@@ -51,25 +52,39 @@ Runs a trainer on small jobs and reads from its parameters what every token weig
 
 Targets that come with hptjax:
     hptjax, jax-loop, optax.MultiSteps, optax.MultiSteps-sum, torch-loop, transformers, trl, tunix
-and on which published bugs are simulated:
+
+Targets that simulate a published bug:
     simulated-deepspeed, simulated-deepspeed-first-only, simulated-openrlhf, simulated-huggingface-2024
 
 Your own is module:function, looked up from the current folder. It carries out a job with plain SGD and
-returns the parameters after every update (hptjax/audit/job.py says what a job holds):
+returns the parameters after every update. This one, in my_trainer.py, passes `hptjax audit my_trainer:train`:
+    import numpy as np
+    from hptjax.audit.job import Unsupported, accepts
 
-    def train(job):                                   # my_trainer.py; hptjax audit my_trainer:train
+    def train(job):
+        if job.ranks > 1 or job.parameter_dtype != "float32": raise Unsupported("one fp32 worker")
         theta, updates = job.parameters.copy(), []
         for window, rate in zip(job.windows, job.learning_rates):
             tokens = sum(part.mask.sum() for part in window)
-            total = 0.0                               # loss of a token: features . theta
-            for part in window:                       # put your accumulation here
-                total = total + part.features[part.mask].sum(axis=0)
-            theta = (theta - rate * total / tokens).astype("float32")
+            # put your accumulation here; the loss of a token is features . theta
+            gradient = sum(part.features[part.mask].sum(axis=0) for part in window) / tokens
+            norm = np.linalg.norm(gradient)
+            if job.clip_norm is not None and norm > job.clip_norm: gradient *= job.clip_norm / norm
+            theta = (theta - rate * gradient).astype("float32")
             updates.append(theta)
         return updates
 
-A trainer that computes its own loss from logits is marked @accepts("tokens"), one whose optimizer cannot be
-set own_optimizer=True (hptjax.audit.job). A target raises Unsupported for what it cannot do.
+What a job asks for (hptjax/audit/job.py has the rest):
+    ranks            data-parallel workers that share each micro-batch by rows
+    clip_norm        largest norm of an update's gradient; None: no clipping
+    parameter_dtype  "float32" or "bfloat16": in which the parameters are held
+
+A target raises Unsupported for what it cannot do; a field that it ignores counts as carried out. One that
+computes its own loss from logits is marked @accepts("tokens"), one whose optimizer cannot be set
+@accepts("linear", own_optimizer=True).
+
+Windows have 1 to 5, 7 or 16 micro-batches, and a job has at most five updates: what goes wrong only with
+others, or later, is not seen.
 
 Status 0: no fault (notes allowed). 1: a fault. 2: bad usage.
 """
@@ -123,7 +138,8 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
     except KeyboardInterrupt:
-        print("hptjax: interrupted; the same command continues from the last checkpoint.", file=sys.stderr)
+        again = "; the same command continues from the last checkpoint" if command in KEEPS_CHECKPOINTS else ""
+        print(f"hptjax: interrupted{again}.", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("HPTJAX_TRACEBACK") == "1" or not raised_here(error):
@@ -205,12 +221,13 @@ def command_audit(arguments: list[str]) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
         description=AUDIT_HELP,
     )
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        raise ValueError(f"expected a path in an existing folder, got '{options.json}'; change --json.")
+    if options.json is not None and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
+        raise ValueError(f"expected the path of a file in an existing folder, got '{options.json}'; change --json.")
     from hptjax.audit.kit import audit
     from hptjax.audit.report import print_report, to_json
     from hptjax.audit.targets import load
 
+    output = sys.stdout
     report = audit(
         load(options.target),
         name=options.target,
@@ -218,9 +235,9 @@ def command_audit(arguments: list[str]) -> int:
         own_optimizer=options.own_optimizer or None,
         inject_drop=options.inject_drop,
     )
-    print_report(report)
     if options.json is not None:
         options.json.write_text(to_json(report), encoding="utf-8")
+    print_report(report, file=sys.stderr if output.closed else output)  # a target may have closed or replaced it
     return 1 if report.faults else 0
 
 
@@ -239,8 +256,10 @@ class AuditOptions:
     """What is audited, and how."""
 
     target: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")
-    ]  # module:function, or the name of a target that comes with hptjax
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="TARGET", help="module:function, or the name of a target that comes with hptjax"),
+    ]
     model: Literal["linear", "tokens"] | None = None  # tokens: it computes its own loss; None: as the target is marked
     own_optimizer: bool = False  # its optimizer cannot be set to SGD: compare splits of the same window
     inject_drop: bool = False  # blank a micro-batch in what the target sees: the audit must then fail and name it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 
 import numpy as np
 
@@ -245,6 +246,11 @@ def noise(job: Job):
     return linear_loop(job, lambda s, mean, theta: mean + rng.normal(scale=1e-3, size=theta.shape).astype(np.float32))
 
 
+def small_noise(job: Job):
+    rng = np.random.default_rng(1)
+    return linear_loop(job, lambda s, mean, theta: mean + rng.normal(scale=1e-5, size=theta.shape).astype(np.float32))
+
+
 def not_deterministic(job: Job):
     shift = np.float32(1 + 1e-6 * (next(CALLS) % 2))
     return linear_loop(job, lambda s, mean, theta: mean * shift)
@@ -482,6 +488,230 @@ def supports_nothing(job: Job):
 def one_worker(job: Job):
     if job.ranks > 1:
         raise Unsupported("one worker only")
+    return right(job)
+
+
+def pairs_only(job: Job):
+    if max(map(len, job.windows)) > 2:
+        raise Unsupported("at most 2 micro-batches")
+    return right(job)
+
+
+def whole_windows_only(job: Job):
+    """An own optimizer that never accumulates."""
+    if max(map(len, job.windows)) > 1:
+        raise Unsupported("no accumulation")
+    return adam(job)
+
+
+def third_call_raises():
+    """A target that fails once, at its third job: that of the self-check."""
+    calls = itertools.count(1)
+
+    def target(job: Job):
+        if next(calls) == 3:
+            raise RuntimeError("third call")
+        return right(job)
+
+    return target
+
+
+def bfloat16_parameters(job: Job):
+    """Keeps its parameters as asked, sums in float32."""
+    round_off = bfloat16 if job.parameter_dtype == "bfloat16" else np.asarray
+    theta, after = round_off(job.parameters), []
+    for s, window in enumerate(job.windows):
+        mean = token_mean([summed_gradient(batch, theta) for batch in window], counts_of(window), 1)
+        theta = round_off(theta - np.float32(job.learning_rates[s]) * clipped(mean, job.clip_norm).astype(np.float32))
+        after.append(theta)
+    return after
+
+
+def bfloat16_sum_in_float32_parameters(job: Job):
+    """Ignores what parameters are asked for, and sums in bfloat16 where they are."""
+    return bfloat16_sum(job) if job.parameter_dtype == "bfloat16" else right(job)
+
+
+def window_loop(job: Job, combine):
+    """Parameters after every update; `combine(s, window's summed gradients, kept)` is the window's sum."""
+    theta, after, kept = job.parameters, [], {}
+    for s, window in enumerate(job.windows):
+        total = combine([summed_gradient(batch, theta) for batch in window], kept)
+        mean = clipped(np.asarray(total / np.float32(sum(counts_of(window)))), job.clip_norm).astype(np.float32)
+        theta = (theta - np.float32(job.learning_rates[s]) * mean).astype(np.float32)
+        after.append(theta)
+    return after
+
+
+def stale_after_short(job: Job):
+    """Sums are reset only after windows that are not shorter than the one before."""
+
+    def combine(parts, kept):
+        total = np.sum(parts, axis=0) + kept.get("sums", np.float32(0))
+        kept["sums"] = total if len(parts) < kept.get("k", 0) else np.float32(0)
+        kept["k"] = len(parts)
+        return total
+
+    return window_loop(job, combine)
+
+
+def tail_lost_after_short(job: Job):
+    """A window that is longer than the one before is read to the length of the one before."""
+
+    def combine(parts, kept):
+        length, kept["k"] = kept.get("k", len(parts)), len(parts)
+        return np.sum(parts[:length], axis=0)
+
+    return window_loop(job, combine)
+
+
+def previous_count(job: Job):
+    """Divides by the token count of the window before."""
+    counts = [sum(counts_of(window)) for window in job.windows]
+    parts = iter([counts[0], *counts[:-1]])
+    return train(job, lambda sums, _, ranks: np.sum(sums, axis=0) / np.float32(next(parts)))
+
+
+@accepts("tokens")
+def step_per_micro_batch(job: Job):
+    """The right sum of gradients, each taken at the parameters that the one before has left."""
+    if job.clip_norm is not None:
+        return right(job)
+    theta, after = job.parameters.astype(np.float64), []
+    for window, rate in zip(job.windows, job.learning_rates, strict=False):
+        for batch in window:
+            theta = theta - rate * summed_gradient(batch, theta) / sum(counts_of(window))
+        after.append(theta.astype(np.float32))
+    return after
+
+
+def masked_a_little(job: Job):
+    """Masked positions with 1 % of the weight of live ones; the linear model's gradient adds up as it likes."""
+    extra, after = np.zeros_like(job.parameters), []
+    for window, updated, rate in zip(job.windows, right(job), job.learning_rates, strict=False):
+        for batch in window:
+            extra = extra + np.float32(0.01 * rate / sum(counts_of(window))) * batch.features[~batch.mask].sum(axis=0)
+        after.append((updated - extra).astype(np.float32))
+    return after
+
+
+def momentum_one_percent(job: Job):
+    velocity = np.zeros_like(job.parameters)
+
+    def change(s, mean, theta):
+        nonlocal velocity
+        velocity = np.float32(0.01) * velocity + mean
+        return velocity
+
+    return linear_loop(job, change)
+
+
+def one_percent_too_much(job: Job):
+    return train(job, lambda parts, counts, ranks: token_mean(parts, counts, ranks) * np.float32(1.01))
+
+
+def second_at_99_percent(job: Job):
+    def combine(parts, counts, ranks):
+        weighted = [part * np.float32(0.99 if i // ranks == 1 else 1) for i, part in enumerate(parts)]
+        return token_mean(weighted, counts, ranks)
+
+    return train(job, combine)
+
+
+def rates_too_high(job: Job):
+    """Rates 1.5 % above a schedule that is not constant."""
+    high = len(set(job.learning_rates)) > 1
+    rates = tuple(rate * (1.015 if high else 1) for rate in job.learning_rates)
+    return train(dataclasses.replace(job, learning_rates=rates), token_mean)
+
+
+def row_weighted_means(job: Job):
+    """verl#5625: means over the micro-batches' tokens, weighted by their rows."""
+    theta, after = job.parameters, []
+    for window, rate in zip(job.windows, job.learning_rates, strict=False):
+        rows = [int(batch.mask.any(axis=1).sum()) for batch in window]
+        means = [
+            summed_gradient(batch, theta) * np.float32(n / max(count, 1))
+            for batch, n, count in zip(window, rows, counts_of(window), strict=True)
+        ]
+        gradient = clipped(np.sum(means, axis=0) / np.float32(sum(rows)), job.clip_norm)
+        theta = (theta - np.float32(rate) * gradient).astype(np.float32)
+        after.append(theta)
+    return after
+
+
+def normalised(job: Job):
+    return linear_loop(job, lambda s, mean, theta: mean / np.linalg.norm(mean))
+
+
+def adamw(job: Job):
+    """Adam with weight decay, at the job's rates."""
+    start, after = job.parameters.astype(np.float64), []
+    for s, theta in enumerate(adam(job)):
+        after.append((theta - 1e-3 * (s + 1) * start).astype(np.float32))
+    return after
+
+
+@accepts("linear", own_optimizer=True)
+def adam_drops_of_16(job: Job):
+    return adam_loop(
+        job,
+        lambda parts, counts, ranks: token_mean([part for i, part in enumerate(parts) if i != 9], counts, ranks),
+    )
+
+
+def stuck_after_nan(job: Job):
+    """Never updates again after a NaN, and returns one array for all the updates that it did not make."""
+    theta, after, bad = job.parameters, [], False
+    for window, rate in zip(job.windows, job.learning_rates, strict=False):
+        gradient = clipped(token_mean([summed_gradient(b, theta) for b in window], counts_of(window), 1), job.clip_norm)
+        bad = bad or not np.all(np.isfinite(gradient))
+        if not bad:
+            theta = (theta - np.float32(rate) * gradient).astype(np.float32)
+        after.append(theta)
+    return after
+
+
+def shared_zeros(job: Job):
+    """The same zeros for what moved before every window's end."""
+    zeros = np.zeros_like(job.parameters)
+    return Gradients(right_gradients(job).applied, between=[zeros] * len(job.windows))
+
+
+def zeros_of_another_run(job: Job):
+    zeros = np.zeros_like(job.parameters)
+    return Gradients(right_gradients(job).applied, between=[zeros] * 50)
+
+
+def huge(job: Job):
+    return [np.full(job.parameters.shape, 1e308 * (-1) ** s) for s in range(len(job.windows))]
+
+
+def replaces_parameters(job: Job):
+    object.__setattr__(job, "parameters", np.zeros(3, np.float32))
+    return [np.zeros(3, np.float32)] * len(job.windows)
+
+
+def replaces_windows(job: Job):
+    object.__setattr__(job, "windows", ())
+    return []
+
+
+def replaces_rates(job: Job):
+    after = right(job)
+    object.__setattr__(job, "learning_rates", (0.0,) * 9)
+    return after
+
+
+def sets_numpy_errors(job: Job):
+    """Makes NumPy raise from here on, and returns what NumPy warns of."""
+    after = huge(job)
+    np.seterr(all="raise")
+    return after
+
+
+def closes_stdout(job: Job):
+    sys.stdout.close()
     return right(job)
 
 

@@ -19,11 +19,12 @@ from hptjax.audit.decode import WindowTokens, bases, explain
 from hptjax.audit.effects import EFFECTS
 from hptjax.audit.kit import audit
 from hptjax.audit.problems import COUNTS
-from hptjax.audit.report import from_plain, print_report, to_json
+from hptjax.audit.report import print_report, summary, to_json
 from hptjax.audit.targets import NAMES, SIMULATED, load
 from tests import audit_targets as bad
 
-MIDDLE = {3: (1,), 4: (1, 2), 7: (1, 2, 3, 4, 5), 16: tuple(range(1, 15))}
+MIDDLE = {3: (1,), 4: (1, 2), 5: (1, 2, 3), 7: (1, 2, 3, 4, 5), 16: tuple(range(1, 15))}
+BLANKED = {1: (), 2: (), 3: (1,), 4: (2,), 5: (2,), 7: (3,), 16: (8,)}
 SUMS = [f"sum, k = {k}" for k in COUNTS]
 
 
@@ -44,6 +45,11 @@ def outcomes(report):
     return {result.probe: result.outcome for result in report.probes}
 
 
+def detail(report, probe):
+    """Outcome and detail of one row."""
+    return next((row.outcome, row.detail) for row in report.probes if row.probe == probe)
+
+
 @pytest.mark.parametrize(
     ("target", "model", "codes"),
     [
@@ -55,6 +61,8 @@ def outcomes(report):
         (bad.skips_nan, None, set()),
         (bad.refuses_nan, None, set()),
         (bad.one_worker, None, {"nan_applied"}),
+        (bad.bfloat16_parameters, None, {"nan_applied"}),
+        (bad.shared_zeros, None, {"nan_applied"}),
     ],
 )
 def test_audit_right_trainers_have_no_fault(target, model, codes):
@@ -136,6 +144,22 @@ def test_audit_digits_of_the_shared_sum_name_the_same_micro_batches():
         (bad.poisoned_sums, {"nan_poisoning"}, {}),
         (bad.zero_filled, {"nan_hidden"}, {}),
         (bad.stale_after_skip, {"after_nan_window"}, {}),
+        (bad.stuck_after_nan, {"after_nan_window"}, {}),
+        (bad.stale_after_short, {"stale"}, {}),
+        (bad.tail_lost_after_short, {"dropped"}, {}),
+        (bad.previous_count, {"wrong_scale"}, {}),
+        (bad.step_per_micro_batch, {"update_before_window_end"}, {}),
+        (bad.masked_a_little, {"masked_tokens_trained"}, {}),
+        (bad.momentum_one_percent, {"momentum"}, {}),
+        (bad.one_percent_too_much, {"wrong_scale"}, {}),
+        (bad.second_at_99_percent, {"uneven_weights"}, {}),
+        (bad.rates_too_high, {"wrong_learning_rate"}, {}),
+        (bad.row_weighted_means, {"mean_of_means"}, {}),
+        (bad.normalised, {"wrong_scale"}, {}),
+        (bad.adamw, {"not_sgd"}, {}),
+        (bad.bfloat16_sum_in_float32_parameters, {"low_precision_sum"}, {}),
+        (bad.huge, {"nan_on_clean_data"}, {}),
+        (bad.sets_numpy_errors, {"nan_on_clean_data"}, {}),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -186,7 +210,7 @@ def test_audit_mistakes_between_workers_show_with_two_of_them_only(target, codes
 def test_audit_names_the_rank_whose_micro_batch_is_missing():
     (first, *_) = audit(bad.last_added_after_all_reduce).faults
     assert first.micro_batches == (2,)
-    assert "on rank 1" in first.evidence
+    assert "weight 0 instead of 1, on rank 1" in first.evidence
 
 
 @pytest.mark.parametrize(
@@ -207,6 +231,10 @@ def test_audit_names_the_rank_whose_micro_batch_is_missing():
         (bad.returns_ragged_lists, "wrong_type", "reading what the target returned: ValueError"),
         (bad.returns_same_array, "same_array", "return copies"),
         (bad.writes_into_batches, "changed_its_input", "not what they were"),
+        (bad.replaces_parameters, "changed_its_input", "not what they were"),
+        (bad.replaces_windows, "changed_its_input", "not what they were"),
+        (bad.replaces_rates, "changed_its_input", "not what they were"),
+        (bad.zeros_of_another_run, "wrong_type", "one array of between per update, got 50 for "),
         (lambda: None, "target_raised", "TypeError"),
     ],
 )
@@ -224,8 +252,73 @@ def test_audit_of_too_few_updates_says_so():
 
 def test_audit_of_a_target_that_supports_nothing_is_no_pass():
     report = audit(bad.supports_nothing)
-    assert faults(report) == {"target_raised"}
+    assert faults(report) == {"not_examined"}
     assert set(outcomes(report).values()) == {"not run"}
+
+
+@pytest.mark.parametrize(
+    ("target", "own_optimizer", "told"),
+    [(bad.pairs_only, False, "at most 2 micro-batches"), (bad.whole_windows_only, True, "no accumulation")],
+)
+def test_audit_of_no_window_of_three_is_no_pass(target, own_optimizer, told):
+    report = audit(target, own_optimizer=own_optimizer)
+    (finding,) = report.faults
+    assert (finding.code, finding.probe) == ("not_examined", "")
+    assert finding.evidence.endswith(told)
+
+
+@pytest.mark.parametrize("own_optimizer", [False, True])
+def test_audit_counts_an_exception_on_whole_data_wherever_it_comes(own_optimizer):
+    (finding,) = audit(bad.third_call_raises(), own_optimizer=own_optimizer).faults
+    assert (finding.code, finding.probe) == ("target_raised", "injected drop")
+
+
+def test_audit_does_not_pass_bfloat16_where_float32_came_back():
+    assert detail(audit(bad.right), "bf16 parameters") == ("not run", "the target kept float32 parameters")
+    assert detail(audit(bad.bfloat16_parameters), "bf16 parameters") == ("pass", "")
+    assert detail(audit(bad.right_gradients), "bf16 parameters") == ("pass", "as far as the target says")
+
+
+def test_audit_passes_workers_as_far_as_the_target_says():
+    assert detail(audit(bad.right), "2 workers") == ("pass", "as far as the target says")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("simulated-deepspeed", "names micro-batch 0"),  # the middle ones are missing without being blanked
+        ("simulated-deepspeed-first-only", "seen, but not named"),  # nothing is left of the window
+        ("simulated-openrlhf", "names micro-batch 2"),
+    ],
+)
+def test_audit_blanks_a_micro_batch_that_the_target_does_not_drop(name, told):
+    assert detail(audit(load(name)), "injected drop") == ("pass", told)
+
+
+@pytest.mark.parametrize("name", ["simulated-deepspeed", "simulated-deepspeed-first-only"])
+def test_audit_judges_no_nan_in_a_micro_batch_that_is_dropped(name):
+    assert detail(audit(load(name)), "NaN") == ("not run", "not judged: the sums themselves are wrong")
+
+
+def test_audit_of_parameters_says_that_later_gradients_of_a_nan_are_unseen():
+    for target, unseen in ((bad.right, True), (bad.right_gradients, False)):
+        (note,) = (finding for finding in audit(target).findings if finding.code == "nan_applied")
+        assert ("a target that returns Gradients shows them" in note.evidence) == unseen
+
+
+def test_audit_names_the_window_whose_count_was_used():
+    evidence = {finding.evidence for finding in audit(bad.previous_count).faults if finding.probe == "uneven windows"}
+    assert "every weight is 0.25 times what it should be, as if divided by the token count of window 0" in evidence
+
+
+def test_audit_names_the_rate_that_was_used():
+    (finding,) = audit(bad.rates_too_high).faults
+    assert finding.evidence.startswith("update 0 used rate 1.015 instead of 1, entry 0")
+
+
+def test_audit_of_small_noise_says_how_small():
+    (first, *_) = audit(bad.small_noise).faults
+    assert (first.code, first.evidence) == ("unexplained_change", "0.00036 of the change is no token's gradient")
 
 
 def test_audit_does_not_catch_an_interrupt():
@@ -263,6 +356,18 @@ def test_audit_of_an_own_optimizer_takes_its_mark(target, codes):
     assert faults(report) == codes
 
 
+def test_audit_of_an_own_optimizer_asks_for_16_micro_batches():
+    assert {finding.probe for finding in audit(bad.adam_drops_of_16).faults} == {"split, k = 16"}
+
+
+def test_audit_of_an_own_optimizer_says_what_it_cannot_see():
+    text = io.StringIO()
+    print_report(audit(bad.adam, own_optimizer=True), file=text)
+    printed = " ".join(text.getvalue().split())
+    assert "a factor that the optimizer divides out (1/k, the number of workers)" in printed
+    assert "divides out" in EFFECTS["split_changes_update"]
+
+
 def test_audit_of_adam_does_not_see_the_deepspeed_bug_at_two():
     report = audit(bad.adam_first_and_last, own_optimizer=True)
     assert outcomes(report)["split, k = 2"] == "pass"
@@ -272,7 +377,15 @@ def test_audit_of_adam_does_not_see_the_deepspeed_bug_at_two():
 @pytest.mark.parametrize("target", [bad.right, bad.right_tokens, bad.right_gradients, load("simulated-openrlhf")])
 def test_audit_names_an_injected_drop(target):
     report = audit(target, inject_drop=True)
-    assert {k: named(report, "dropped", k) for k in COUNTS} == {1: (), 2: (), 3: (1,), 4: (2,), 7: (3,), 16: (8,)}
+    assert {k: named(report, "dropped", k) for k in COUNTS} == {
+        1: (),
+        2: (),
+        3: (1,),
+        4: (2,),
+        5: (2,),
+        7: (3,),
+        16: (8,),
+    }
 
 
 def test_audit_of_an_own_optimizer_sees_an_injected_drop():
@@ -300,7 +413,7 @@ def test_audit_of_jax_trainers(name):
     report = report_of(name)
     assert {finding.code for finding in report.findings} == JAX_TARGETS[name]
     not_run = {probe for probe, outcome in outcomes(report).items() if outcome == "not run"}
-    assert not_run == (set() if name == "hptjax" else {"2 workers"})
+    assert not_run == {"one gradient"} | (set() if name == "hptjax" else {"2 workers"})
     poisoned = [finding for finding in report.findings if finding.code == "nan_poisoning"]
     assert all(
         finding.micro_batches == (1,) and "before window 1 was complete" in finding.evidence for finding in poisoned
@@ -310,7 +423,15 @@ def test_audit_of_jax_trainers(name):
 @pytest.mark.parametrize("name", JAX_TARGETS)
 def test_audit_of_jax_trainers_names_an_injected_drop(name):
     report = report_of(name, inject_drop=True)
-    assert {k: named(report, "dropped", k) for k in COUNTS} == {1: (), 2: (), 3: (1,), 4: (2,), 7: (3,), 16: (8,)}
+    assert {k: named(report, "dropped", k) for k in COUNTS} == {
+        1: (),
+        2: (),
+        3: (1,),
+        4: (2,),
+        5: (2,),
+        7: (3,),
+        16: (8,),
+    }
 
 
 def test_audit_of_hptjax_skips_the_window_with_a_nan():
@@ -349,7 +470,7 @@ def test_audit_counts_cannot_be_taken_for_another_mistake(k):
             (1.0, ""),
             (1 / k, "extra_1_over_k"),
             (float(k), "missing_1_over_k"),
-            (5.0, "wrong_scale"),
+            (5.5, "wrong_scale"),
         ):
             found = explain(dataclasses.replace(window, ratio=base * factor))
             assert (found.base, found.factor_code, set(found.times.values())) == (name, code, {1})
@@ -359,12 +480,35 @@ def test_audit_counts_cannot_be_taken_for_another_mistake(k):
     assert sum(counts) & (sum(counts) - 1) == 0
 
 
-def test_audit_json_comes_back_the_same():
+def test_audit_json_holds_the_report():
     report = audit(load("simulated-openrlhf"), name="simulated-openrlhf")
     values = json.loads(to_json(report))
-    assert from_plain(values) == report
-    assert values["verdict"] == "fault"
-    assert values["effects"].keys() == {finding.code for finding in report.findings}
+    assert values["probes"] == [dataclasses.asdict(row) for row in report.probes]
+    assert [tuple(row.pop("micro_batches")) for row in values["findings"]] == [f.micro_batches for f in report.findings]
+    plain = [dataclasses.asdict(finding) for finding in report.findings]
+    assert values["findings"] == [{name: row[name] for name in row if name != "micro_batches"} for row in plain]
+    assert (values["target"], values["model"], values["verdict"]) == ("simulated-openrlhf", "linear", "fault")
+    assert (values["versions"], values["remarks"]) == (report.versions, [])
+    assert values["effects"] == {finding.code: EFFECTS[finding.code] for finding in report.findings}
+
+
+@pytest.mark.parametrize(
+    ("target", "line"),
+    [
+        (bad.skips_nan, "no fault; of 19 probes: 17 passed, 2 not run"),
+        (bad.one_worker, "no fault; of 19 probes: 15 passed, 1 note, 3 not run"),
+        (bad.clip_never, "1 kind of fault; of 19 probes: 15 passed, 1 failed, 1 note, 2 not run"),
+        (bad.nothing, "2 kinds of fault; of 19 probes: "),
+    ],
+)
+def test_audit_ends_with_a_count_of_outcomes(target, line):
+    assert summary(audit(target)).startswith(line)
+
+
+@pytest.mark.parametrize("code", EFFECTS)
+def test_audit_effects_have_no_word_split_by_a_line_break(code):
+    assert "- " not in EFFECTS[code].replace(" - ", "")
+    assert "  " not in EFFECTS[code]
 
 
 def test_audit_report_has_a_paragraph_per_finding():
@@ -385,6 +529,7 @@ def test_audit_report_has_a_paragraph_per_finding():
         (["simulated-deepspeed"], 1, "micro-batches 1-5 of 7"),
         (["tests.audit_targets:right"], 0, "no fault"),
         (["tests.audit_targets:right", "--inject-drop"], 1, "micro-batch 1 of 3"),
+        (["tests.audit_targets:pairs_only"], 1, "not_examined (fault)"),
         (["tests.audit_targets:adam", "--own-optimizer"], 0, "no micro-batch can be named"),
         (["tests.audit_targets:right", "--model", "tokens"], 0, "tokens model"),
         (["tests.audit_targets:raises"], 1, "KeyError"),
@@ -393,7 +538,10 @@ def test_audit_report_has_a_paragraph_per_finding():
         (["tests.audit_targets:not_a_function"], 2, "of type int"),
         (["no_such_module_here:train"], 2, "there is no module 'no_such_module_here'"),
         (["../x:y"], 2, "expected module:function"),
+        (["tests/audit_targets.py:right"], 2, "run it in the folder tests and write audit_targets:right"),
+        (["my_trainer.py:train"], 2, "write my_trainer:train"),
         (["tests.audit_targets:right", "--json", "no/such/folder/x.json"], 2, "change --json"),
+        (["tests.audit_targets:raises", "--json", "tests"], 2, "change --json"),
     ],
 )
 def test_audit_command_line(arguments, status, words, capsys):
@@ -425,19 +573,83 @@ def test_audit_module_that_fails_at_import_is_one_message(tmp_path, monkeypatch,
     assert "it raised RuntimeError: no accelerator" in capsys.readouterr().err
 
 
+def test_audit_module_without_its_dependency_names_the_dependency(tmp_path, monkeypatch, capsys):
+    (tmp_path / "needs_more.py").write_text("import no_such_dependency\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["audit", "needs_more:train"]) == 2
+    message = capsys.readouterr().err
+    assert "cannot import 'needs_more': it needs the module 'no_such_dependency'" in message
+    assert "module:function" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"),
+    [
+        ("torch-loop", "torch", "audit-torch"),
+        ("transformers", "accelerate", "audit-torch"),
+        ("trl", "datasets", "audit-torch"),
+        ("tunix", "tunix", "audit-tunix"),
+    ],
+)
+def test_audit_of_a_missing_library_says_what_to_install(name, module, extra, monkeypatch):
+    def missing(_):
+        raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+
+    monkeypatch.setattr("hptjax.audit.targets.importlib.import_module", missing)
+    with pytest.raises(ValueError, match=rf"needs {module}.*pip install 'hptjax\[{extra}\]'"):
+        load(name)
+
+
+def test_audit_prints_although_the_target_closed_its_output(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert cli.run(["audit", "tests.audit_targets:closes_stdout"]) == 0
+    assert "no fault" in capsys.readouterr().err
+
+
+def test_audit_into_a_closed_pipe_is_no_fault():
+    code = "import sys; from hptjax.cli import run; sys.exit(run(['audit', 'tests.audit_targets:right']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == cli.INTERRUPTED
+
+
+def test_audit_interrupted_says_nothing_of_checkpoints(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kit, "audit", interrupted)
+    assert cli.run(["audit", "simulated-deepspeed"]) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "hptjax: interrupted.\n"
+
+
 def test_audit_help_explains_how_to_write_a_target_that_passes(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.run(["audit", "--help"])
     text = capsys.readouterr().out
     assert all(name in text for name in NAMES)
     lines = text.splitlines()
-    start = next(i for i, line in enumerate(lines) if "def train(job)" in line)
+    assert "Targets that simulate a published bug:" in lines
+    assert all(any(line.startswith(f"    {field}  ") for line in lines) for field in ("ranks", "clip_norm"))
+    assert "a field that it ignores counts as carried out" in " ".join(text.split())
+    start = next(i for i, line in enumerate(lines) if "import numpy as np" in line)
     end = next(i for i in range(start, len(lines)) if "return updates" in lines[i])
-    example = "import numpy as np\n" + "\n".join(line[4:] for line in lines[start : end + 1]) + "\n"
+    assert "    from hptjax.audit.job import Unsupported, accepts" in lines[start:end]
+    example = "\n".join(line[4:] for line in lines[start : end + 1]) + "\n"
     (tmp_path / "my_trainer.py").write_text(example)
     monkeypatch.chdir(tmp_path)
-    assert cli.run(["audit", "my_trainer:train"]) == 1
-    assert "1 kind of fault" in capsys.readouterr().out  # the ten lines do not clip; nothing else is wrong
+    assert cli.run(["audit", "my_trainer:train"]) == 0
+    printed = capsys.readouterr().out
+    assert "no fault; of 19 probes: 15 passed, 1 note, 3 not run" in printed  # the note: it applies the NaN
+    assert "one fp32 worker" in printed
+
+
+def test_audit_help_says_which_windows_are_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(["audit", "--help"])
+    assert [k for k in COUNTS if k <= 5] == [1, 2, 3, 4, 5]
+    assert list(COUNTS)[5:] == [7, 16]
+    assert "Windows have 1 to 5, 7 or 16 micro-batches" in capsys.readouterr().out
 
 
 def test_audit_kit_docstring_runs():

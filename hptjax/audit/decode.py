@@ -73,6 +73,22 @@ def explain(window: WindowTokens) -> Explanation | None:
     return min(found, key=lambda explanation: explanation.cost, default=None)
 
 
+def relative(window: WindowTokens, explanation: Explanation) -> np.ndarray:
+    """[n] weight of each token relative to what the explanation says; nan where it says 0."""
+    by_rank = any(rank >= 0 for _, rank in explanation.times)
+    groups = zip(window.micro_batch.tolist(), window.rank.tolist(), strict=True)
+    times = np.asarray([explanation.times[i, rank if by_rank else -1] for i, rank in groups], np.float64)
+    times[times == 0] = np.nan
+    return window.ratio / (times * explanation.factor * bases(window)[explanation.base])
+
+
+def common_offset(window: WindowTokens, explanation: Explanation, bound: float) -> float | None:
+    """By what all weights differ alike from the explanation; None where they differ from each other, too."""
+    offsets = relative(window, explanation)
+    offsets = offsets[np.isfinite(offsets)]
+    return float(np.median(offsets)) if np.ptp(offsets) <= 2 * bound else None
+
+
 def bases(window: WindowTokens) -> dict[str, np.ndarray]:
     """Ways of averaging: [n] weight of each token relative to 1 / N."""
     total = len(window.ratio)
@@ -86,6 +102,9 @@ def bases(window: WindowTokens) -> dict[str, np.ndarray]:
         )
         found["rank_means"] = total / (window.ranks * _sizes(window.rank))
     rows = window.micro_batch * (int(window.row.max()) + 1) + window.row
+    in_micro = np.asarray([len(np.unique(rows[window.micro_batch == i])) for i in window.micro_batch], np.float64)
+    if len(np.unique(in_micro)) > 1:  # else the rows weigh nothing
+        found["row_weighted_means"] = total * in_micro / (len(np.unique(rows)) * micro)
     found["sequence_mean"] = total / (len(np.unique(rows)) * _sizes(rows))
     return found
 
@@ -115,6 +134,8 @@ def _try(
     window: WindowTokens, name: str, base: np.ndarray, factor: float, code: str, cost: float, by_rank: bool
 ) -> Explanation | None:
     times = window.ratio / (base * factor)
+    if not np.all(np.isfinite(times)):
+        return None
     groups = np.stack([window.micro_batch, window.rank if by_rank else np.full_like(window.rank, -1)], axis=1)
     found: dict[tuple[int, int], int] = {}
     error = 0.0

@@ -22,9 +22,10 @@ EFFECTS: dict[str, str] = {
         "gradients taken at two different parameter vectors, and normalisers counted for one window scale another."
     ),
     "mean_of_means": (
-        "Each micro-batch is averaged over its own tokens and the averages are averaged. A token in a short micro- "
-        "batch then weighs more than one in a long one, so short answers are over-trained, and the gradient depends "
-        "on how the batch happened to be cut. It is right only where all micro-batches have equally many live tokens."
+        "Each micro-batch is averaged over its own tokens and the averages are averaged. A token in a short "
+        "micro-batch then weighs more than one in a long one, so short answers are over-trained, and the gradient "
+        "depends on how the batch happened to be cut. It is right only where all micro-batches have equally many live "
+        "tokens."
     ),
     "rank_means": (
         "Each data-parallel worker averages over its own tokens and the averages are averaged. A token weighs more on "
@@ -130,8 +131,9 @@ EFFECTS: dict[str, str] = {
         "configured, and schedules that count updates run k times too fast."
     ),
     "final_window_dropped": (
-        "The last window, which is shorter than the others, is never applied. Its examples are never learned from, in "
-        "every epoch the same ones unless the data are shuffled."
+        "The last window, which is shorter than the others, is not applied when training ends. Its examples are read "
+        "and not learned from; some trainers carry them into the next epoch, and then only those of the last epoch are "
+        "lost."
     ),
     "wrong_update_count": (
         "The number of updates is not the number of windows. Either gradients are applied at other moments than "
@@ -157,7 +159,8 @@ EFFECTS: dict[str, str] = {
     "split_changes_update": (
         "The same tokens give another update when they are cut into micro-batches. The result of training depends on "
         "memory limits and on the number of workers, and runs with different splits are not comparable. Because the "
-        "optimizer is the trainer's own, this comparison cannot name micro-batches."
+        "optimizer is the trainer's own, this comparison cannot name micro-batches, and a factor that the optimizer "
+        "divides out, such as 1/k or the number of workers, cannot be seen in it at all."
     ),
     "blind": (
         "A micro-batch was blanked on purpose and nothing changed in what the target returned. What it returns does "
@@ -166,6 +169,10 @@ EFFECTS: dict[str, str] = {
     "not_deterministic": (
         "The same job gave two different results. Differences between runs then say nothing about the code, and no "
         "result of this audit is certain."
+    ),
+    "not_examined": (
+        "No window of three or more micro-batches was carried out and judged, so nothing is known about this trainer's "
+        "accumulation: the bugs that live for years show with three micro-batches and not with two."
     ),
     "target_raised": "The target could not do the job: this probe, and what it protects from, stays unchecked.",
     "wrong_type": "What came back is not a list of arrays, so nothing can be read from it.",

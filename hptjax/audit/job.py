@@ -7,7 +7,9 @@ the mean over the live tokens of the window,
     loss(window) = sum over its live tokens of token_loss / number of its live tokens
 
 with token_loss = features . theta for a `LinearBatch`, and the next token's negative log-likelihood for a `TokenBatch`.
-A *target* is a function `target(job) -> parameters after every update`.
+A *target* is a function `target(job) -> parameters after every update`. It raises `Unsupported` for a job that it
+cannot carry out as it is written. A field that it ignores counts as carried out: nothing in what it returns shows how
+many workers it used, so a target that never reads `ranks` passes as one that is right with any number of them.
 """
 
 from __future__ import annotations

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from hptjax.audit.decode import LOOSE, WindowTokens, explain
+from hptjax.audit.decode import LOOSE, ROUGH, Explanation, WindowTokens, common_offset, explain, relative
 from hptjax.audit.findings import Finding
-from hptjax.audit.problems import ROWS, WIDTH, Problem
-from hptjax.audit.read import Reading, read_all, tolerance
+from hptjax.audit.problems import Problem
+from hptjax.audit.read import BFLOAT16_UNIT, Reading, bound_of, not_sgd, read_all, tolerance, window_tokens
 from hptjax.audit.run import Run
 from hptjax.audit.words import blame_text, micro_batches_text, numbers, weights_text
 
 BASE_CODES = {
     "mean_of_means": "mean_of_means",
     "rank_mean_of_means": "mean_of_means",
+    "row_weighted_means": "mean_of_means",
     "rank_means": "rank_means",
     "sequence_mean": "sequence_mean",
 }
 CLEAR = ("dropped", "repeated", "unexplained_change")
-BFLOAT16_UNIT = 2.0**-8
+SAME_SHARE = 1e-3  # relative: 0.9^4 is near 2/3
 LARGEST_LOSS = 2.0**-6  # relative to the parts of a sum: what a sum in few digits loses at most in these problems
 
 
@@ -64,22 +65,22 @@ def count_findings(problem: Problem, updates: int) -> list[Finding]:
 
 
 def judge_update(problem: Problem, readings: list[Reading], reading: Reading, s: int, k: int) -> list[Finding]:
-    """What is wrong with update `s`."""
+    """What is wrong with update `s`, which is that of a window of `k` micro-batches; `readings` has all updates."""
     found = []
     if reading.decay:
         found.append(Finding("weight_decay", f"idle parameters shrank by {reading.decay:.3g} of their size", window=s))
-    bound = _bound(problem, k)
+    bound = bound_of(problem, k)
     if problem.job.model == "tokens" and bound < reading.unexplained < LOOSE:
         found.append(
             Finding("low_precision_sum", f"{reading.unexplained:.1e} of the change is rounding, not gradient", window=s)
         )
     elif reading.unexplained > bound:
         found.append(
-            Finding("unexplained_change", f"{reading.unexplained:.1%} of the change is no token's gradient", window=s)
+            Finding("unexplained_change", f"{reading.unexplained:.2g} of the change is no token's gradient", window=s)
         )
     found += _masked(problem, reading, s, k)
     found += _earlier(problem, readings, reading, s)
-    found += _own_tokens(problem, reading, s, k, anything_before=bool(np.any(readings[0].weights)))
+    found += _own_tokens(problem, readings, reading, s, k)
     found += _shared(problem, reading, s, k, found)
     if any(finding.code == "masked_tokens_trained" for finding in found):  # they are counted in the mean, too
         found = [finding for finding in found if finding.code not in ("wrong_scale", "padding_counted")]
@@ -88,44 +89,33 @@ def judge_update(problem: Problem, readings: list[Reading], reading: Reading, s:
     return found
 
 
-def window_tokens(problem: Problem, reading: Reading, s: int) -> WindowTokens:
-    """The live tokens of window `s`, with their weights relative to 1 / N."""
-    tokens, job = problem.tokens, problem.job
-    here = tokens.live & (tokens.window == s)
-    k = len(job.windows[s])
-    return WindowTokens(
-        ratio=reading.weights[here] * problem.live_tokens(s),
-        micro_batch=tokens.micro_batch[here],
-        row=tokens.row[here],
-        rank=tokens.row[here] * job.ranks // ROWS,
-        k=k,
-        ranks=job.ranks,
-        slots=ROWS * WIDTH * k,
-    )
-
-
-def _bound(problem: Problem, k: int) -> float:
-    bound = tolerance(problem, k)
-    return max(bound, BFLOAT16_UNIT) if problem.job.parameter_dtype == "bfloat16" else bound
-
-
-def _own_tokens(problem: Problem, reading: Reading, s: int, k: int, *, anything_before: bool) -> list[Finding]:
+def _own_tokens(problem: Problem, readings: list[Reading], reading: Reading, s: int, k: int) -> list[Finding]:
     """How the live tokens of the window were weighted."""
     window = window_tokens(problem, reading, s)
     lengths = [len(batches) for batches in problem.job.windows]
-    if np.all(np.abs(window.ratio) < LOOSE) and 0 < s == len(lengths) - 1 and k < lengths[0] and anything_before:
+    anything_before = bool(np.any(readings[0].weights))
+    largest, bound = float(np.abs(window.ratio).max()), bound_of(problem, k)
+    if largest < LOOSE and 0 < s == len(lengths) - 1 and k < lengths[0] and anything_before:
         return [
             Finding("final_window_dropped", f"window {s}, of {k} micro-batches, changes nothing", tuple(range(k)), s)
         ]
-    if np.all(np.abs(window.ratio) < LOOSE):
+    if largest <= bound:
         return [Finding("no_update", "no token of the window has any weight", window=s)]
+    if largest < LOOSE:
+        return [Finding("wrong_scale", f"no token has more than {largest:.2g} of the weight that it should", window=s)]
     explanation = explain(window)
     if explanation is None:
         return _unexplained(window, s)
     found = []
     if explanation.factor_code:
+        earlier = _count_of(problem, readings, explanation.factor, s)
         found.append(
-            Finding(explanation.factor_code, f"every weight is {explanation.factor:.4g} times what it should be", (), s)
+            Finding(
+                explanation.factor_code if earlier is None else "wrong_scale",
+                f"every weight is {explanation.factor:.4g} times what it should be"
+                + ("" if earlier is None else f", as if divided by the token count of window {earlier}"),
+                window=s,
+            )
         )
     if explanation.base != "token_mean":
         found.append(Finding(BASE_CODES[explanation.base], weights_text(window), window=s))
@@ -133,9 +123,34 @@ def _own_tokens(problem: Problem, reading: Reading, s: int, k: int, *, anything_
         blamed = explanation.with_times(times)
         if blamed:
             found.append(Finding(code, blame_text(problem, reading, explanation, window, blamed, s), blamed, s))
-    if explanation.error > _bound(problem, k):
-        found.append(Finding("low_precision_sum", f"weights are off by {explanation.error:.1e}, relative", window=s))
+    if explanation.error > bound:
+        found.append(_inexact(window, explanation, bound, s))
     return found
+
+
+def _inexact(window: WindowTokens, explanation: Explanation, bound: float, s: int) -> Finding:
+    """A pattern that fits roughly: one factor, a factor per micro-batch that is no rounding, or lost digits."""
+    common = common_offset(window, explanation, bound)
+    if common is not None:
+        evidence = f"every weight is {common * explanation.factor:.6g} times what it should be"
+        return Finding("wrong_scale", evidence, window=s)
+    offsets = relative(window, explanation)
+    kept = np.isfinite(offsets)
+    parts = [offsets[kept & (window.micro_batch == i)] for i in np.unique(window.micro_batch[kept])]
+    alike = all(np.ptp(part) <= 2 * bound for part in parts)
+    if explanation.base == "token_mean" and alike and explanation.error > ROUGH:
+        return Finding("uneven_weights", weights_text(window), window=s)
+    return Finding("low_precision_sum", f"weights are off by {explanation.error:.1e}, relative", window=s)
+
+
+def _count_of(problem: Problem, readings: list[Reading], factor: float, s: int) -> int | None:
+    """The window before whose token count explains the factor, where the first window has none to explain."""
+    if s == 0 or problem.live_tokens(s - 1) == problem.live_tokens(s):
+        return None
+    first = explain(window_tokens(problem, readings[0], 0))
+    wanted = problem.live_tokens(s) / problem.live_tokens(s - 1)
+    near = abs(factor - wanted) <= LOOSE * wanted
+    return s - 1 if near and first is not None and not first.factor_code else None
 
 
 def _unexplained(window: WindowTokens, s: int) -> list[Finding]:
@@ -163,7 +178,9 @@ def _unexplained(window: WindowTokens, s: int) -> list[Finding]:
 
 def _masked(problem: Problem, reading: Reading, s: int, k: int) -> list[Finding]:
     tokens = problem.tokens
-    here = ~tokens.live & (tokens.window == s) & (np.abs(reading.weights) * problem.live_tokens(s) > LOOSE)
+    weights = np.abs(reading.weights) * problem.live_tokens(s)  # of a right trainer: exact zeros
+    bound = LOOSE if problem.job.parameter_dtype == "bfloat16" else tolerance(problem, k)
+    here = ~tokens.live & (tokens.window == s) & (weights > bound)
     blamed = tuple(int(i) for i in np.unique(tokens.micro_batch[here]))
     if not blamed and reading.padding > LOOSE:
         return [Finding("masked_tokens_trained", f"padding makes {reading.padding:.1%} of the change", (), s)]
@@ -175,11 +192,15 @@ def _masked(problem: Problem, reading: Reading, s: int, k: int) -> list[Finding]
 
 
 def _earlier(problem: Problem, readings: list[Reading], reading: Reading, s: int) -> list[Finding]:
-    """Tokens of earlier windows that act again: with a weight below one that is momentum, else a leak."""
+    """Tokens of earlier windows that act again in update `s`.
+
+    All tokens of a window with one share below one of their first weight is momentum; anything else is a leak.
+    """
     tokens, found = problem.tokens, []
     for w in range(s):
         here = tokens.live & (tokens.window == w)
-        again = here & (np.abs(reading.weights) * problem.live_tokens(w) > LOOSE / 2)
+        weights = np.abs(reading.weights) * problem.live_tokens(w)  # of a right trainer: exact zeros
+        again = here & (weights > tolerance(problem, len(problem.job.windows[s])))
         if not np.any(again):
             continue
         first = readings[w].weights
@@ -200,7 +221,7 @@ def _earlier(problem: Problem, readings: list[Reading], reading: Reading, s: int
 def _counted_anew(problem: Problem, share: float, s: int, w: int) -> bool:
     """Whether the share is that of an old sum divided by the new window's token count."""
     old, new = problem.live_tokens(w), problem.live_tokens(s)
-    return any(abs(share - old / total) <= LOOSE * share for total in (new, old + new))
+    return any(abs(share - old / total) <= SAME_SHARE * share for total in (new, old + new))
 
 
 def _shared(problem: Problem, reading: Reading, s: int, k: int, found: list[Finding]) -> list[Finding]:
@@ -262,12 +283,3 @@ def _not_finite(problem: Problem, gradient: np.ndarray, s: int) -> Finding:
     where = f"; micro-batch {numbers(named)} of {k}" if named else ""
     where += " has no live token" if named and not blamed else ""
     return Finding("nan_on_clean_data", f"update {s} is not finite although its gradients are{where}", named, s)
-
-
-def not_sgd(problem: Problem, applied: tuple[np.ndarray, ...], readings: list[Reading]) -> bool:
-    """Whether, in the first update, all entries that moved moved alike although their gradients differ by far."""
-    sizes = np.abs(applied[0][np.abs(applied[0]) > 1e-12])
-    if len(sizes) < 3 or sizes.max() > 1.01 * sizes.min():
-        return False
-    shared, expected = abs(readings[0].shared), abs(readings[0].shared_expected)
-    return problem.job.model == "tokens" or 0 < shared < expected / 2

@@ -13,6 +13,8 @@ from hptjax.audit.judge import judge
 from hptjax.audit.problems import COUNTS, Problem, problem, turned
 from hptjax.audit.run import Run, carry_out
 
+WRONG_SUMS = "not judged: the sums themselves are wrong"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Audited:
@@ -53,10 +55,12 @@ def judged(audited: Audited, asked: Problem) -> Seen:
     return Seen(not_run=run.unsupported) if run.unsupported else Seen(tuple(judge(asked, run)))
 
 
-def plain(audited: Audited, k: int, *, windows: int = 2, blanked: bool | None = None) -> Problem:
-    """Windows of k uneven micro-batches."""
+def plain(
+    audited: Audited, k: int, *, windows: int = 2, blanked: bool | None = None, blank: int | None = None
+) -> Problem:
+    """Windows of k uneven micro-batches; blanked, blank: as in `problem`, blanked as the audit says where None."""
     counts = [turned(COUNTS[k], by) for by in range(windows)]
-    return problem(audited.model, counts, blanked=audited.blanked if blanked is None else blanked)
+    return problem(audited.model, counts, blanked=audited.blanked if blanked is None else blanked, blank=blank)
 
 
 def same_bits(one: Run, other: Run) -> bool:

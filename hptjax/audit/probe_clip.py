@@ -9,7 +9,7 @@ import numpy as np
 from hptjax.audit.findings import Finding
 from hptjax.audit.job import Batch, LinearBatch
 from hptjax.audit.judge import count_findings
-from hptjax.audit.probe import Audited, Seen, plain
+from hptjax.audit.probe import WRONG_SUMS, Audited, Seen, plain
 from hptjax.audit.problems import FEATURES, IDLE, IDLE_START, ROWS, WIDTH, Problem
 from hptjax.audit.reference import clipped, live_tokens, summed_gradient
 from hptjax.audit.run import carry_out
@@ -55,7 +55,7 @@ def probe_clip(audited: Audited) -> Seen:
         if all(answer[place] for answer in mistakes):
             return Seen((Finding(code, f"{mistake}; {norms}", window=wrong),))
     if audited.sums:
-        return Seen(not_run="not judged: the sums themselves are wrong")
+        return Seen(not_run=WRONG_SUMS)
     return Seen((Finding("clip_wrong", f"no known order of sum and clip gives this; {norms}", window=wrong),))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from hptjax.audit.findings import Finding
 from hptjax.audit.job import LinearBatch
 from hptjax.audit.judge import count_findings, judge
-from hptjax.audit.probe import Audited, Seen
+from hptjax.audit.probe import WRONG_SUMS, Audited, Seen
 from hptjax.audit.problems import COUNTS, Problem, problem, turned
 from hptjax.audit.run import Run, carry_out
 
@@ -22,10 +22,12 @@ def probe_nan(audited: Audited) -> Seen:
     if audited.model != "linear":
         return Seen(not_run="the table model's data are tokens: no NaN can be given")
     asked = poisoned_problem(blanked=audited.blanked)
-    run = carry_out(audited.target, asked.job)
+    known = {finding.code for finding in audited.sums}
+    # where plain updates come in arrays of their own, a shared one says that nothing was updated
+    run = carry_out(audited.target, asked.job, may_share="same_array" not in known)
     if run.unsupported:
         return Seen(not_run=run.unsupported)
-    if run.exception and not any(finding.code == "target_raised" for finding in audited.sums):
+    if run.exception and "target_raised" not in known:
         return Seen(detail=f"refused: {run.exception}")
     if run.finding is not None:
         return Seen((run.finding,))
@@ -35,7 +37,7 @@ def probe_nan(audited: Audited) -> Seen:
     miscounted = count_findings(asked, len(applied))
     if miscounted:
         return Seen(tuple(miscounted))
-    return _judged(audited, asked, run, applied)
+    return _judged(known, asked, run, applied)
 
 
 def poisoned_problem(*, blanked: bool) -> Problem:
@@ -55,17 +57,22 @@ def poisoned_problem(*, blanked: bool) -> Problem:
     return dataclasses.replace(asked, job=dataclasses.replace(asked.job, windows=tuple(windows)))
 
 
-def _judged(audited: Audited, asked: Problem, run: Run, applied: list[np.ndarray]) -> Seen:
+def _judged(known: set[str], asked: Problem, run: Run, applied: list[np.ndarray]) -> Seen:
+    """What the NaN did; `known` is what is wrong with sums of finite values."""
     found, poison = [], []
     early = next((s for s, values in enumerate(run.between) if not np.all(np.isfinite(values))), None)
     if early is not None:
         poison.append(f"the NaN of micro-batch {BAD} reached the parameters before window {early} was complete")
     struck = ~np.isfinite(applied[STRUCK])
-    known = {finding.code for finding in audited.sums}
     if np.any(struck):
         evidence = (
             f"micro-batch {BAD} had a NaN; {int(struck.sum())} of {struck.size} parameters have one after update 1"
         )
+        if run.parameters is not None:
+            evidence += (
+                "; these stay NaN whatever comes, so later gradients of theirs were not judged: "
+                "a target that returns Gradients shows them"
+            )
         found.append(Finding("nan_applied", evidence, (BAD,), STRUCK, level="note"))
     elif np.any(applied[STRUCK]) and not known & LOSES_TOKENS:
         evidence = f"update {STRUCK} was applied without a trace of the NaN in its micro-batch {BAD}"
@@ -81,6 +88,8 @@ def _judged(audited: Audited, asked: Problem, run: Run, applied: list[np.ndarray
         return Seen(tuple(found))
     if int(unseen.sum()) <= 1:
         found += _after(asked, applied, unseen, known)
+    if known & LOSES_TOKENS and not found and not np.any(struck) and np.any(applied[STRUCK]):
+        return Seen(not_run=WRONG_SUMS)  # the micro-batch with the NaN may be one that is lost
     skipped = not np.any(applied[STRUCK]) and not found
     return Seen(tuple(found), detail="the window was skipped, bit for bit" if skipped else "")
 

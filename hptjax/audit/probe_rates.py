@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from hptjax.audit.decode import LOOSE, explain
+from hptjax.audit.decode import common_offset, explain
 from hptjax.audit.findings import Finding
-from hptjax.audit.judge import judge, window_tokens
-from hptjax.audit.probe import Audited, Seen
+from hptjax.audit.judge import judge
+from hptjax.audit.probe import WRONG_SUMS, Audited, Seen
 from hptjax.audit.problems import COUNTS, problem, turned
-from hptjax.audit.read import read_all
+from hptjax.audit.read import bound_of, read_all, window_tokens
 from hptjax.audit.run import carry_out
 
 K, UPDATES = 3, 3
+SAME_RATE = 1e-3  # relative: room for the rounding of the weights that a rate is read from
 HIDES_RATES = {
     "masked_tokens_trained",
     "uneven_weights",
@@ -40,12 +41,16 @@ def probe_learning_rates(audited: Audited) -> Seen:
         return Seen(tuple(found))
     known = {finding.code for finding in audited.sums}
     if known & HIDES_RATES:
-        return Seen(not_run="not judged: the sums themselves are wrong")
+        return Seen(not_run=WRONG_SUMS)
     wrong = []
     for s, reading in enumerate(read_all(asked, run.applied or ())):
-        explanation = explain(window_tokens(asked, reading, s))
-        if explanation is not None and explanation.factor_code not in ("", *known):
-            wrong.append((s, explanation.factor * rates[s]))
+        window, bound = window_tokens(asked, reading, s), bound_of(asked, K)
+        explanation = explain(window)
+        if explanation is None or explanation.factor_code in known:
+            continue
+        offset = common_offset(window, explanation, bound) or 1.0
+        if explanation.factor_code or abs(offset - 1) > bound:
+            wrong.append((s, explanation.factor * offset * rates[s]))
     if not wrong:
         return Seen(tuple(finding for finding in found if finding.code not in known))
     entries = [_entry(rates, used) for _, used in wrong]
@@ -62,4 +67,4 @@ def probe_learning_rates(audited: Audited) -> Seen:
 
 
 def _entry(rates: list[float], used: float) -> int | None:
-    return next((j for j, rate in enumerate(rates) if abs(rate - used) <= LOOSE * rate), None)
+    return next((j for j, rate in enumerate(rates) if abs(rate - used) <= SAME_RATE * rate), None)

@@ -27,12 +27,14 @@ FEATURES, VOCABULARY = 200, 192  # one size for all jobs, so that targets which 
 SHARED, IDLE, IDLE_START = FEATURES - 3, (FEATURES - 2, FEATURES - 1), (1.0, -2.0)
 PADDING = 0  # the token of padding
 DECOYS = 16  # last rows of the table: where the tokens of a blanked micro-batch go
+assert max(SHARED, *IDLE) < FEATURES
 
 COUNTS: dict[int, tuple[int, ...]] = {
     1: (8,),
     2: (3, 5),
     3: (9, 2, 5),
     4: (7, 3, 5, 1),
+    5: (3, 6, 1, 4, 2),
     7: (5, 9, 1, 7, 3, 2, 5),
     16: (3, 7, 2, 5, 1, 6, 4, 8, 2, 3, 5, 1, 4, 6, 2, 5),
 }
@@ -63,7 +65,7 @@ class Problem:
     Args
       shared: [n] feature of every entry of `tokens` on the shared coordinate; zeros in the table model.
       digits: whether the shared coordinate lists the micro-batches.
-      blanked: whether the target gets the middle micro-batch of every window of 3 and more without its gradient.
+      blanked: whether the target gets one micro-batch of every window of 3 and more without its gradient.
     """
 
     job: Job
@@ -108,16 +110,18 @@ def problem(
     parameter_dtype: Literal["float32", "bfloat16"] = "float32",
     ranks: int = 1,
     blanked: bool = False,
+    blank: int | None = None,
 ) -> Problem:
     """The problem with these live tokens per window and micro-batch.
 
     Args
       learning_rates: 1 for every update where it is None.
       shared: value that micro-batch i adds to the shared coordinate; digits where it is None. Linear model only.
-      blanked: give the target the middle micro-batch without its gradient; shapes and counts stay.
+      blanked: give the target one micro-batch of every window of 3 and more without its gradient; shapes and counts
+        stay. blank: which one; the middle one where None.
     """
     make = _linear if model == "linear" else _table
-    parameters, windows, tokens, marks = make(counts, shared, blanked)
+    parameters, windows, tokens, marks = make(counts, shared, blanked, blank)
     job = Job(
         model=model,
         parameters=parameters,
@@ -135,13 +139,13 @@ def middle(k: int) -> int:
     return k // 2
 
 
-def is_blank(blanked: bool, index: int, k: int) -> bool:
+def is_blank(blanked: bool, blank: int | None, index: int, k: int) -> bool:
     """Whether the target sees this micro-batch without its gradient; short windows are left whole."""
-    return blanked and k >= 3 and index == middle(k)
+    return blanked and k >= 3 and index == (middle(k) if blank is None else blank)
 
 
 def _linear(
-    counts: Sequence[Sequence[int]], shared: Sequence[float] | None, blanked: bool
+    counts: Sequence[Sequence[int]], shared: Sequence[float] | None, blanked: bool, blank: int | None
 ) -> tuple[np.ndarray, list[list[Batch]], Tokens, np.ndarray]:
     entries: list[tuple[int, int, int, bool, int, int]] = []
     marks: list[float] = []
@@ -162,7 +166,7 @@ def _linear(
                     features[row, position, SHARED] = here
                     marks.append(here)
                     entries.append((w, i, row, live, len(entries), 0))
-            if is_blank(blanked, i, k):
+            if is_blank(blanked, blank, i, k):
                 features[:] = 0
             batches.append(LinearBatch(features=features, mask=mask, index=i, is_last=i == k - 1))
         windows.append(batches)
@@ -174,7 +178,7 @@ def _linear(
 
 
 def _table(
-    counts: Sequence[Sequence[int]], _: Sequence[float] | None, blanked: bool
+    counts: Sequence[Sequence[int]], _: Sequence[float] | None, blanked: bool, blank: int | None
 ) -> tuple[np.ndarray, list[list[Batch]], Tokens, np.ndarray]:
     entries = []
     windows: list[list[Batch]] = []
@@ -195,7 +199,7 @@ def _table(
                 for position in range(1, min(used + 1, WIDTH)):
                     live = bool(labels[row, position] != IGNORED)
                     entries.append((w, i, row, live, int(ids[row, position - 1]), int(ids[row, position])))
-            if is_blank(blanked, i, k):
+            if is_blank(blanked, blank, i, k):
                 ids, labels = _on_decoys(ids, labels, attention)
             batches.append(
                 TokenBatch(input_ids=ids, labels=labels, attention_mask=attention, index=i, is_last=i == k - 1)

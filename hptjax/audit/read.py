@@ -6,10 +6,11 @@ import dataclasses
 
 import numpy as np
 
-from hptjax.audit.problems import DECOYS, FEATURES, IDLE, PADDING, SHARED, VOCABULARY, Problem
+from hptjax.audit.decode import WindowTokens
+from hptjax.audit.problems import DECOYS, IDLE, PADDING, ROWS, SHARED, VOCABULARY, WIDTH, Problem
 from hptjax.audit.reference import token_gradients
 
-UNIT_ROUNDOFF = 2.0**-24
+UNIT_ROUNDOFF, BFLOAT16_UNIT = 2.0**-24, 2.0**-8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,4 +114,35 @@ def tolerance(problem: Problem, k: int) -> float:
     return float(linear if problem.job.model == "linear" else linear + 2e-4)
 
 
-assert max(SHARED, *IDLE) < FEATURES
+def bound_of(problem: Problem, k: int) -> float:
+    """Relative error of a weight that rounding can explain, in the dtype of the job's parameters."""
+    bound = tolerance(problem, k)
+    return max(bound, BFLOAT16_UNIT) if problem.job.parameter_dtype == "bfloat16" else bound
+
+
+def window_tokens(problem: Problem, reading: Reading, s: int) -> WindowTokens:
+    """The live tokens of window `s`, with their weights relative to 1 / N."""
+    tokens, job = problem.tokens, problem.job
+    here = tokens.live & (tokens.window == s)
+    k = len(job.windows[s])
+    return WindowTokens(
+        ratio=reading.weights[here] * problem.live_tokens(s),
+        micro_batch=tokens.micro_batch[here],
+        row=tokens.row[here],
+        rank=tokens.row[here] * job.ranks // ROWS,
+        k=k,
+        ranks=job.ranks,
+        slots=ROWS * WIDTH * k,
+    )
+
+
+def not_sgd(problem: Problem, applied: tuple[np.ndarray, ...], readings: list[Reading]) -> bool:
+    """Whether, in the first update, all entries that moved moved alike although their gradients differ by far."""
+    moved = np.abs(applied[0])
+    if problem.job.model == "linear":
+        moved = np.delete(moved, list(IDLE))  # which decay moves, too
+    sizes = moved[moved > max(1e-12, 1e-3 * moved.max())]
+    if len(sizes) < 3 or sizes.max() > 1.01 * sizes.min():
+        return False
+    shared, expected = abs(readings[0].shared), abs(readings[0].shared_expected)
+    return problem.job.model == "tokens" or 0 < shared < expected / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -9,9 +10,14 @@ from typing import Any
 
 from hptjax.audit.effects import EFFECTS
 from hptjax.audit.findings import Finding
-from hptjax.audit.kit import ProbeResult, Report
+from hptjax.audit.kit import Report
 
 COLOURS = {"pass": "green", "note": "yellow", "finding": "bold red", "not run": "dim"}
+OWN_OPTIMIZER = (
+    "The optimizer is the trainer's own: no micro-batch can be named, and what is wrong alike in the whole window and "
+    "in its parts cannot be seen: a factor that the optimizer divides out (1/k, the number of workers), gradients left "
+    "over from the window before, updates that come one window late."
+)
 MOST_PLACES = 4  # of a finding that are printed; the JSON has all
 
 
@@ -38,22 +44,19 @@ def to_plain(report: Report) -> dict[str, Any]:
     }
 
 
-def from_plain(values: dict[str, Any]) -> Report:
-    """The report of `to_plain`'s values."""
-    return Report(
-        target=values["target"],
-        model=values["model"],
-        own_optimizer=values["own_optimizer"],
-        injected_drop=values["injected_drop"],
-        probes=tuple(ProbeResult(**row) for row in values["probes"]),
-        findings=tuple(Finding(**{**row, "micro_batches": tuple(row["micro_batches"])}) for row in values["findings"]),
-        remarks=tuple(values["remarks"]),
-        versions=values["versions"],
-    )
-
-
 def print_report(report: Report, file: Any = None) -> None:
-    """The table, a paragraph per finding, the versions and the verdict, on a text file or the terminal."""
+    """The table, a paragraph per finding, the versions and the verdict, on a text file or the terminal.
+
+    Raises
+      BrokenPipeError: the reader has gone.
+    """
+    try:
+        _print(report, file)
+    except SystemExit as error:  # how rich ends where the pipe is closed, with the status of a fault
+        raise BrokenPipeError from error
+
+
+def _print(report: Report, file: Any) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -68,7 +71,7 @@ def print_report(report: Report, file: Any = None) -> None:
         table.add_row(Text(row.probe), Text(row.asked), Text(row.outcome, style=COLOURS[row.outcome]), Text(row.detail))
     console.print(table)
     if report.own_optimizer:
-        console.print("The optimizer is the trainer's own: no micro-batch can be named.")
+        console.print(Text(OWN_OPTIMIZER))
     for code in dict.fromkeys(finding.code for finding in report.findings):
         console.print()
         places = [finding for finding in report.findings if finding.code == code]
@@ -83,11 +86,19 @@ def print_report(report: Report, file: Any = None) -> None:
         console.print(Text(remark))
     console.print()
     console.print(Text(", ".join(f"{name} {version}" for name, version in report.versions.items())))
-    passed = sum(row.outcome in ("pass", "note") for row in report.probes)
-    skipped = sum(row.outcome == "not run" for row in report.probes)
+    console.print(Text(summary(report)))
+
+
+def summary(report: Report) -> str:
+    """The verdict and how the probes came out, in one line."""
     kinds = len({finding.code for finding in report.faults})
-    verdict = f"{kinds or 'no'} {'kinds of fault' if kinds > 1 else 'kind of fault' if kinds else 'fault'}"
-    console.print(Text(f"{verdict}; {passed} of {len(report.probes)} probes passed, {skipped} not run"))
+    verdict = "no fault" if not kinds else "1 kind of fault" if kinds == 1 else f"{kinds} kinds of fault"
+    count = collections.Counter(row.outcome for row in report.probes)
+    parts = [f"{count['pass']} passed"]
+    parts += [f"{count['finding']} failed"] if count["finding"] else []
+    parts += [f"{count['note']} {'note' if count['note'] == 1 else 'notes'}"] if count["note"] else []
+    parts += [f"{count['not run']} not run"] if count["not run"] else []
+    return f"{verdict}; of {len(report.probes)} probes: {', '.join(parts)}"
 
 
 def _lines(places: Sequence[Finding]) -> list[str]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import traceback
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hptjax.audit.findings import Finding
-from hptjax.audit.job import Gradients, Job, LinearBatch, Target, Unsupported
+from hptjax.audit.job import Batch, Gradients, Job, LinearBatch, Target, Unsupported
 
 FLOATS = ("float32", "float64")
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,14 +47,17 @@ def arrays_of(job: Job) -> list[np.ndarray]:
     return arrays
 
 
-def carry_out(target: Target, job: Job) -> Run:
-    """The target's answer to the job, checked."""
-    arrays = arrays_of(job)
-    for array in arrays:
-        array.setflags(write=False)
-    before = _digest(arrays)
+def carry_out(target: Target, job: Job, *, may_share: bool = False) -> Run:
+    """The target's answer to the job, checked. The target gets a copy of the job.
+
+    Args
+      may_share: updates that changed nothing may be one and the same array.
+    """
+    given = _copy(job)
     try:
-        answer = target(job)
+        with np.errstate():  # NumPy's own defaults, whatever the kit has set, and what a target sets stays in it
+            np.seterr(all="warn", under="ignore")
+            answer = target(given)
     except KeyboardInterrupt:
         raise
     except Unsupported as error:
@@ -63,10 +65,10 @@ def carry_out(target: Target, job: Job) -> Run:
     except BaseException as error:
         told = raised(error)
         return Run(finding=Finding("target_raised", told), exception=told)
-    if _digest(arrays) != before:
+    if not _same_job(job, given):
         return Run(finding=Finding("changed_its_input", "the job's arrays are not what they were before the call"))
     try:
-        return _read(job, answer)
+        return _read(job, answer, may_share)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # an array-like that raises when it is read
@@ -87,24 +89,59 @@ def _first_line(error: BaseException) -> str:
         return "(no text)"
 
 
-def _digest(arrays: Sequence[np.ndarray]) -> bytes:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.digest()
+def _copy(job: Job) -> Job:
+    """The same job in arrays of its own, which cannot be written to by accident."""
+    given = dataclasses.replace(
+        job,
+        parameters=job.parameters.copy(),
+        windows=tuple(tuple(_copied(batch) for batch in window) for window in job.windows),
+    )
+    for array in arrays_of(given):
+        array.setflags(write=False)
+    return given
 
 
-def _read(job: Job, answer: Any) -> Run:
+def _copied(batch: Batch) -> Batch:
+    if isinstance(batch, LinearBatch):
+        return dataclasses.replace(batch, features=batch.features.copy(), mask=batch.mask.copy())
+    return dataclasses.replace(
+        batch,
+        input_ids=batch.input_ids.copy(),
+        labels=batch.labels.copy(),
+        attention_mask=batch.attention_mask.copy(),
+    )
+
+
+def _same_job(job: Job, given: Job) -> bool:
+    """Whether nothing of the job was replaced or written over; a frozen dataclass can be forced."""
+    try:
+        one, other = _plain(job), _plain(given)
+        arrays = zip(arrays_of(job), arrays_of(given), strict=True)
+        return one == other and all(a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in arrays)
+    except Exception:
+        return False
+
+
+def _plain(job: Job) -> tuple[Any, ...]:
+    """Everything in a job that is no array."""
+    batches = [[(type(batch), batch.index, batch.is_last) for batch in window] for window in job.windows]
+    return job.model, job.learning_rates, job.clip_norm, job.parameter_dtype, job.ranks, batches
+
+
+def _read(job: Job, answer: Any, may_share: bool) -> Run:
     gradients = isinstance(answer, Gradients)
     what = "gradients" if gradients else "parameters"
     values = answer.applied if gradients else answer
-    read = _arrays(job, values, what)
+    read = _arrays(job, values, what, may_share=may_share)
     if isinstance(read, Finding):
         return Run(finding=read)
     if gradients:
-        between = [] if answer.between is None else _arrays(job, answer.between, "gradients")
+        between = [] if answer.between is None else _arrays(job, answer.between, "gradients", may_share=True)
         if isinstance(between, Finding):
             return Run(finding=between)
+        if answer.between is not None and len(between) != len(read):
+            evidence = f"expected one array of between per update, got {len(between)} for {len(read)}"
+            return Run(finding=Finding("wrong_type", evidence))
         return Run(applied=tuple(read), between=tuple(between))
     applied = []
     before = job.parameters.astype(np.float64)
@@ -117,8 +154,8 @@ def _read(job: Job, answer: Any) -> Run:
     return Run(applied=tuple(applied), parameters=tuple(read))
 
 
-def _arrays(job: Job, values: Any, what: str) -> list[np.ndarray] | Finding:
-    """The values as float64 arrays in the shape of the parameters."""
+def _arrays(job: Job, values: Any, what: str, *, may_share: bool) -> list[np.ndarray] | Finding:
+    """The values as float64 arrays in the shape of the parameters; what float32 cannot hold is infinite."""
     wanted = f"expected a list of one array of {what} per update, shape {job.parameters.shape}"
     if isinstance(values, dict | str | bytes) or not hasattr(values, "__len__") or not hasattr(values, "__getitem__"):
         return Finding("wrong_type", f"{wanted}, got {_kind(values)}")
@@ -138,9 +175,10 @@ def _arrays(job: Job, values: Any, what: str) -> list[np.ndarray] | Finding:
                 "wrong_dtype", f"expected {' or '.join(allowed)}, got {array.dtype.name} at place {index}", window=index
             )
         raw.append(array)
-        read.append(array.astype(np.float64))
+        wide = array.astype(np.float64)
+        read.append(np.where(np.abs(wide) > LARGEST, np.copysign(np.inf, wide), wide))
     aliased = all(array.flags.writeable and np.shares_memory(array, raw[0]) for array in raw)
-    if len(raw) > 1 and aliased and not np.array_equal(read[0], job.parameters):
+    if len(raw) > 1 and aliased and not may_share and not np.array_equal(read[0], job.parameters):
         return Finding("same_array", f"{wanted}, got the same memory for several updates; return copies")
     return read
 

@@ -48,7 +48,7 @@ def deepspeed(job: Job) -> list[np.ndarray]:
 
 
 def deepspeed_first_only(job: Job) -> list[np.ndarray]:
-    """The same bug as the paper describes it: the first micro-batch only."""
+    """The same bug as its fix's text describes it: the first micro-batch only."""
 
     def first(parts: Sequence[np.ndarray], counts: Sequence[int], ranks: int) -> np.ndarray:
         return np.sum(parts[:ranks], axis=0) / np.float32(sum(counts))
@@ -64,7 +64,7 @@ def mean_of_means(parts: Sequence[np.ndarray], counts: Sequence[int], ranks: int
 
 
 def openrlhf(job: Job) -> list[np.ndarray]:
-    """OpenRLHF up to 0.9.10 and LLaMA-Factory: a mean over the tokens of each micro-batch, then a mean of the means."""
+    """OpenRLHF, seen in 0.9.10, and LLaMA-Factory: a mean over each micro-batch's tokens, then a mean of the means."""
     return train(job, mean_of_means)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 
 from hptjax.audit.job import Target
@@ -26,7 +27,10 @@ SIMULATED = {
     "simulated-huggingface-2024": "hptjax.audit.simulated:huggingface_2024",
 }
 NAMES = SHIPPED | SIMULATED
-EXTRAS = {"torch": "torch", "transformers": "transformers", "trl": "trl", "tunix": "google-tunix"}
+EXTRAS = {
+    **dict.fromkeys(("torch", "accelerate", "transformers", "trl", "datasets", "tokenizers"), "audit-torch"),
+    "tunix": "audit-tunix",
+}
 
 
 def load(name: str) -> Target:
@@ -35,6 +39,8 @@ def load(name: str) -> Target:
     Raises ValueError, saying what to write instead: a malformed name, a module that cannot be imported, no function.
     """
     path = NAMES.get(name, name)
+    if re.fullmatch(r"[\w/.-]*\.py:\w+", path):
+        raise ValueError(f"expected module:function, got a file, '{name}'; {_without_file(path)}")
     module_name, colon, function_name = path.partition(":")
     if not colon or not function_name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
         raise ValueError(
@@ -50,7 +56,12 @@ def load(name: str) -> Target:
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if name in NAMES and missing in EXTRAS:
-            raise ValueError(f"target {name} needs {missing}; pip install {EXTRAS[missing]}") from error
+            install = f"pip install 'hptjax[{EXTRAS[missing]}]'"
+            raise ValueError(f"target {name} needs {missing}, which is not installed here; {install}") from error
+        if error.name != module_name and not module_name.startswith(f"{error.name}."):
+            raise ValueError(
+                f"cannot import '{module_name}': it needs the module '{error.name}', which is not installed here"
+            ) from error
         raise ValueError(
             f"cannot import '{module_name}': there is no module '{error.name}'; expected module:function with a module "
             f"of the current folder or an installed one, or one of {', '.join(NAMES)}"
@@ -63,3 +74,10 @@ def load(name: str) -> Target:
     if not callable(function):
         raise ValueError(f"'{path}' is of type {type(function).__name__}; write a function that takes a job")
     return function
+
+
+def _without_file(path: str) -> str:
+    """What to write instead of `folder/file.py:function`."""
+    folder, _, rest = path.rpartition("/")
+    place = f"run it in the folder {folder} and " if folder not in ("", ".") else ""
+    return f"{place}write {rest.replace('.py:', ':')}"

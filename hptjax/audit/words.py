@@ -36,7 +36,7 @@ def blame_text(
 ) -> str:
     """How often the blamed micro-batches were added, with the digits of the shared sum as a second witness."""
     k = window.k
-    counts = sorted({times for (i, _), times in explanation.times.items() if i in blamed})
+    counts = sorted({times for (i, _), times in explanation.times.items() if i in blamed and times != 1})
     text = f"{micro_batches_text(blamed, k)}: weight {' or '.join(map(str, counts))} instead of 1"
     ranks = sorted({rank for (i, rank), times in explanation.times.items() if i in blamed and times != 1 and rank >= 0})
     if ranks:
