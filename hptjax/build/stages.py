@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from hptjax.build.data import build_requests
 from hptjax.build.method import Recipe, build_recipe, clips
@@ -21,7 +22,7 @@ from hptjax.data.tokenizer import stop_ids
 from hptjax.hpt.assemble import Update, assemble
 from hptjax.records import Question, Sample, SampleId
 from hptjax.sharding.host import to_host
-from hptjax.sharding.mesh import put_micro_batch
+from hptjax.sharding.mesh import one_at_a_time, put_micro_batch
 from hptjax.sharding.rules import replicated
 from hptjax.train.objective import make_losses
 from hptjax.train.optimizer import make_optimizer, make_schedule
@@ -72,7 +73,7 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
     def score(params: Params, micro_batch: MicroBatch) -> Any:
         return token_stats(params, micro_batch).logprobs
 
-    scorer = jax.jit(score)
+    scorer = one_at_a_time(policy.mesh, jax.jit(score))
 
     def add_reference(micro_batch: MicroBatch) -> MicroBatch:
         # the parameters that the run starts from are never donated: `start` copies them
@@ -107,7 +108,7 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         learning_rate=lambda optimizer_step: float(to_host(schedule(optimizer_step))),
         score=scorer if recipe.scores else None,
         add_reference=add_reference if recipe.reads_reference else None,
-        probe=_probe(losses),
+        probe=_probe(policy.mesh, losses),
     )
 
 
@@ -152,9 +153,9 @@ def _optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransf
     )
 
 
-def _probe(losses: Losses) -> Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]]:
+def _probe(mesh: Mesh, losses: Losses) -> Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]]:
     """Norms of each objective's summed gradient over an update, and the cosine of SFT and RL."""
-    gradients = jax.jit(make_named_gradients(losses))
+    gradients = one_at_a_time(mesh, jax.jit(make_named_gradients(losses)))
     add = jax.jit(lambda left, right: jax.tree.map(jnp.add, left, right), donate_argnums=0)
 
     @jax.jit

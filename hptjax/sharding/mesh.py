@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hptjax.sharding.rules import DATA, TENSOR, partition_spec, place, replicated
 from hptjax.types import MicroBatch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 REPLICATED_FIELDS = ("micro_index", "planned_tokens", "planned_digest")  # every other field of a micro-batch has rows
 
@@ -86,3 +89,20 @@ def micro_batch_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
         name: replicated(mesh) if name in REPLICATED_FIELDS else row_sharding(mesh)
         for name in MicroBatch.__dataclass_fields__
     }
+
+
+def one_at_a_time(mesh: Mesh, program: Callable[P, R]) -> Callable[P, R]:
+    """A compiled program that may be called again before its last result is read.
+
+    On several CPU devices of one process it waits for each result: there every device of every program in flight holds
+    one of a few threads while it waits in a collective, and when all are held by waiting ones XLA gives up after 40 s
+    and ends the process. Elsewhere it is the program itself, and calls go on without waiting.
+    """
+    devices = list(mesh.devices.flat)
+    if len(devices) == 1 or devices[0].platform != "cpu":
+        return program
+
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        return jax.block_until_ready(program(*args, **kwargs))
+
+    return waiting

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,7 +41,7 @@ from hptjax.train.checkpoint_content import (
     target,
     unpack_arrays,
 )
-from hptjax.train.checkpoint_manager import Retention, close_failed, make_manager, quiet_orbax
+from hptjax.train.checkpoint_manager import Retention, close_failed, make_manager, quiet_orbax, remove_unfinished
 
 STATE_ITEM, RECORD_ITEM = "state", "record"
 
@@ -272,8 +271,7 @@ class Checkpoints:
         """Starts afresh after a failed save, removing what it wrote (a full disk gets its space back)."""
         close_failed(self.manager)
         if jax.process_index() == 0:
-            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+            remove_unfinished(self.folder)
         self.manager = make_manager(self.folder, self.retention)
         present = set(self.manager.all_steps())
         for ordinal in set(self.retention.metrics) - present:

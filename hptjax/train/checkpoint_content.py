@@ -74,11 +74,29 @@ def as_leaf(value: Any, implementation: str | None) -> Any:
 
 
 def checksums(leaves: Mapping[str, Any]) -> UInt[np.ndarray, " n"]:
-    """One `checksum` per leaf, in the order of the names, on the host."""
-    return np.array(to_host([checksum(leaves[name]) for name in sorted(leaves)]), np.uint32)
+    """One `checksum` per leaf, in the order of the names, on the host.
+
+    One program for all leaves on the same devices: one for each leaf would be sixty programs with collectives in flight
+    at once, which `sharding.mesh.one_at_a_time` says why to avoid.
+    """
+    together: dict[frozenset[jax.Device] | None, list[str]] = {}
+    for name in sorted(leaves):
+        leaf = leaves[name]
+        devices = frozenset(leaf.devices()) if isinstance(leaf, jax.Array) else None
+        together.setdefault(devices, []).append(name)
+    found = {
+        name: value
+        for names in together.values()
+        for name, value in zip(names, to_host(_checksums([leaves[name] for name in names])), strict=True)
+    }
+    return np.array([found[name] for name in sorted(leaves)], np.uint32)
 
 
 @jax.jit
+def _checksums(arrays: list[Any]) -> list[UInt[Array, ""]]:
+    return [checksum(array) for array in arrays]
+
+
 def checksum(array: Any) -> UInt[Array, ""]:
     """Sum over entries i of word_i * (2 i + 1), modulo 2^32; an entry of 8 bytes counts as two words.
 

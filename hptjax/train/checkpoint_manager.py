@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
+import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -44,6 +46,17 @@ def close_failed(manager: ocp.CheckpointManager) -> None:
         with contextlib.suppress(Exception):
             manager.close()
             return
+
+
+def remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes what a failed save has written, so that a full disk gets its space back.
+
+    Writes that orbax has left to themselves may make a folder again behind the first removal, so this looks for 0.1 s.
+    """
+    for _ in range(5):
+        for path in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
