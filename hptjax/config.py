@@ -224,11 +224,26 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis; data x tensor devices are used."""
+class RuleConfig:
+    """One line of a sharding table: a logical axis and the mesh axes it is cut over, the slowest first."""
 
-    data: int = 1
-    tensor: int = 1
+    axis: str  # a name of the tables in sharding/rules.py
+    over: tuple[str, ...]  # replica, data, fsdp, sequence, tensor; empty: a copy on every device
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis (their product is used), and what is cut over which."""
+
+    replica: int = 1  # slices of a multi-slice pod; only gradients travel between them
+    data: int = 1  # parts of a batch's rows
+    fsdp: int = 1  # parts of rows, and of weights, sums and moments
+    sequence: int = 1  # parts of a row's time axis, for long responses
+    tensor: int = 1  # parts of heads, mlp and vocabulary
+    rules: Literal["fsdp", "replicated", "decode"] = "fsdp"  # the table of training, see sharding/rules.py
+    axes: Annotated[tuple[RuleConfig, ...], struct_list(RuleConfig)] = ()  # lines that replace those of the table
+    rollout_rules: Literal["fsdp", "replicated", "decode"] | None = None  # None: as in training, `axes` included
+    rollout_axes: Annotated[tuple[RuleConfig, ...], struct_list(RuleConfig)] = ()  # likewise, for `rollout_rules`
 
 
 @dataclasses.dataclass(frozen=True)

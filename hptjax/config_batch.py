@@ -6,6 +6,8 @@ import math
 
 from hptjax.config import Config, StageConfig
 
+MESH_AXES = ("replica", "data", "fsdp", "sequence", "tensor")  # as `sharding.rules.AXES`, which loads jax
+
 
 def stage_list(config: Config) -> list[StageConfig]:
     """The stages before the last one and the last one, which `method` and `train.steps` describe."""
@@ -36,3 +38,19 @@ def micro_batches_needed(config: Config, *, samples: int) -> int:
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     per_row = min(config.batch.max_segments, config.batch.row_tokens // longest)
     return math.ceil(math.ceil(samples / per_row) / config.batch.rows)
+
+
+def mesh_sizes(config: Config) -> dict[str, int]:
+    """Mesh axis -> devices along it, in the order of the mesh."""
+    return {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+
+
+def mesh_devices(config: Config) -> int:
+    """How many devices the mesh has."""
+    return math.prod(mesh_sizes(config).values())
+
+
+def mesh_words(config: Config) -> str:
+    """The mesh as a reader sees it, such as `mesh.data 4 x mesh.tensor 2`."""
+    sizes = {axis: size for axis, size in mesh_sizes(config).items() if size > 1}
+    return " x ".join(f"mesh.{axis} {size}" for axis, size in sizes.items()) or "mesh.data 1"

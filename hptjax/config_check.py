@@ -14,8 +14,9 @@ AT_LEAST_ONE = (
     "rollout.group_size rollout.max_completion_tokens rollout.slots rollout.prefill_rows rollout.tokens_per_call "
     "rollout.cache_capacity reward.workers batch.rows batch.row_tokens batch.max_segments batch.max_micro_batches "
     "train.steps train.updates_per_rollout_batch train.log_every eval.questions eval.samples_per_question "
-    "checkpoint.every_steps checkpoint.keep_last mesh.data mesh.tensor model.logprob_chunk_tokens hpt.ranks "
-    "hpt.logical_micro_tokens model.shape.hidden_size model.shape.num_layers model.shape.num_heads "
+    "checkpoint.every_steps checkpoint.keep_last mesh.replica mesh.data mesh.fsdp mesh.sequence mesh.tensor "
+    "model.logprob_chunk_tokens hpt.ranks hpt.logical_micro_tokens model.shape.hidden_size "
+    "model.shape.num_layers model.shape.num_heads "
     "model.shape.num_kv_heads model.shape.head_dim model.shape.mlp_size model.shape.max_positions"
 ).split()
 AT_LEAST_ZERO = (
@@ -46,7 +47,6 @@ def check(config: Config) -> None:
     _check_stages(config)
     _check_optimizer(config)
     _check_evaluation(config)
-    _check_mesh(config)
 
 
 def _refuse(expected: str, got: str, change: str) -> None:
@@ -272,21 +272,4 @@ def _check_evaluation(config: Config) -> None:
             "a validation metric to choose checkpoints by (test questions are for the final figures only)",
             repr(config.checkpoint.metric),
             "checkpoint.metric",
-        )
-
-
-def _check_mesh(config: Config) -> None:
-    for name, rows in (
-        ("batch.rows", config.batch.rows),
-        ("rollout.slots", config.rollout.slots),
-        ("rollout.prefill_rows", config.rollout.prefill_rows),
-    ):
-        if rows % config.mesh.data:
-            _refuse(f"{name} to be a multiple of mesh.data ({config.mesh.data})", f"{rows}", f"{name} or mesh.data")
-    kv_heads, tensor = config.model.shape.num_kv_heads, config.mesh.tensor
-    if config.model.path is None and kv_heads % tensor and tensor % kv_heads:  # fewer are copied, see sharding/rules.py
-        _refuse(
-            f"model.shape.num_kv_heads to be a multiple or a divisor of mesh.tensor ({tensor})",
-            f"{kv_heads}",
-            "model.shape.num_kv_heads or mesh.tensor",
         )

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from hptjax.config import Config, ShapeConfig
-from hptjax.config_batch import micro_batches_needed, samples_per_update, stage_list, steps_of
+from hptjax.config_batch import mesh_devices, mesh_words, micro_batches_needed, samples_per_update, stage_list, steps_of
 from hptjax.masked import inverse_count
 
 FP32_BYTES, BF16_BYTES = 4, 2
@@ -175,9 +175,7 @@ def memory_lines(config: Config, shape: ShapeConfig, vocab_size: int) -> list[st
     ]
     total = sum(size for _, size in rows)
     lines = [f"{name:<38}{human_bytes(size):>12}" for name, size in [*rows, ("together", total)]]
-    devices = config.mesh.data * config.mesh.tensor
-    mesh = f"mesh.data {config.mesh.data} x mesh.tensor {config.mesh.tensor}"
-    return [f"{parameters:,} parameters, {devices} device(s) ({mesh})", *lines]
+    return [f"{parameters:,} parameters, {mesh_devices(config)} device(s) ({mesh_words(config)})", *lines]
 
 
 def parameter_count(shape: ShapeConfig, vocab_size: int) -> int:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hptjax import config_text
-from hptjax.config import Config, RewardFunction, StageConfig, changed_fields, flatten, resolved
+from hptjax.config import Config, RewardFunction, RuleConfig, StageConfig, changed_fields, flatten, resolved
 from hptjax.config_batch import micro_batches_needed, samples_per_update
 from hptjax.config_check import check
 from hptjax.config_load import load_config, read_file
@@ -98,8 +98,11 @@ def other_value(hint: typing.Any, value: typing.Any) -> tuple[list[str], typing.
         return ['[{method = "sft", steps = 3, learning_rate = 1}]'], (StageConfig("sft", 3, 1.0),)
     if hint == tuple[RewardFunction, ...]:
         return ['[{name = "other", weight = 2.5}]'], (RewardFunction("other", 2.5),)
+    if hint == tuple[RuleConfig, ...]:
+        return ['[{axis = "embed", over = ["data", "fsdp"]}]'], (RuleConfig("embed", ("data", "fsdp")),)
     if typing.get_origin(hint) is tuple:
         return ["3", "5"], (3, 5)
+    hint = next((option for option in typing.get_args(hint) if typing.get_origin(option) is typing.Literal), hint)
     if typing.get_origin(hint) is typing.Literal:
         choice = typing.get_args(hint)[-1]
         return [choice], choice
@@ -228,7 +231,6 @@ def test_config_nearest_key_survives_a_lost_letter(path):
         ({"eval__ks": (1, 16)}, ["eval.ks within 1..8", "[1, 16]"]),
         ({"eval__questions": 513}, ["data.validation_questions (512)", "513"]),
         ({"checkpoint__metric": "test/pass@1"}, ["a validation metric", "checkpoint.metric"]),
-        ({"mesh__data": 3}, ["batch.rows to be a multiple of mesh.data (3)", "got 64"]),
         ({"model__shape__num_kv_heads": 3}, ["model.shape.num_heads to be a multiple"]),
         ({"model__tokenizer": None}, ["a tokenizer folder", "model.path or model.tokenizer"]),
         ({"name": "../elsewhere"}, ["a name of letters", "change name"]),

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
+from hptjax.build.mesh import check_mesh
 from hptjax.build.policy import build_policy
 from hptjax.build.stages import build_stages
 from hptjax.config import MeshConfig, ShapeConfig
-from hptjax.config_check import check
 from hptjax.models.decoder import param_shapes
 from hptjax.models.folder import save_folder
 from hptjax.models.shape import DecoderConfig
@@ -25,22 +25,33 @@ from hptjax.sharding.mesh import REPLICATED_FIELDS, put_micro_batch
 from hptjax.train.accumulate import Status
 from tests import recorded, tiny
 
-MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]  # data x tensor
-SPREAD = MESHES[1:]
+ONE = MeshConfig()
+SPREAD = {
+    "8x1": MeshConfig(data=8),
+    "4x2": MeshConfig(data=4, tensor=2),
+    "2x4": MeshConfig(data=2, tensor=4),
+    "2x2x2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "sequence": MeshConfig(fsdp=2, sequence=2, tensor=2, rollout_rules="decode"),
+    "slices": MeshConfig(replica=2, fsdp=4, rollout_rules="decode"),
+}
+MESHES = {"1x1": ONE, **SPREAD}
+on_meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+on_eight = pytest.mark.parametrize("mesh", SPREAD.values(), ids=SPREAD.keys())
 SHAPE = ShapeConfig(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=32)
 UNIT_ROUNDOFF = 2.0**-24
 LEARNING_RATE = 1e-3
 CACHE: dict = {}  # what is compiled and run for a mesh serves all tests of this module
-SHARDED_AXIS = {  # which axis of a parameter is cut over `tensor`; those not named here are whole everywhere
-    "embedding": 0,
-    "query": 2,
-    "key": 2,
-    "value": 2,
-    "output": 1,
-    "gate": 2,
-    "up": 2,
-    "down": 1,
+CUT_AXES = {  # array axes of a parameter that are cut over `tensor` and over `fsdp`; the others are whole everywhere
+    "embedding": (0, 1),
+    "query": (2, 1),
+    "key": (2, 1),
+    "value": (2, 1),
+    "output": (1, 3),
+    "gate": (2, 1),
+    "up": (2, 1),
+    "down": (1, 2),
 }
+FSDP_ONLY = {"attention_norm": 1, "mlp_norm": 1, "final_norm": 0}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +59,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("devices")
 
 
-def config_of(folder, data, tensor):
+def config_of(folder, mesh):
     """The tiny run with 4 query and 2 key heads, on a mesh; compiled sizes are the same for every mesh."""
     config = tiny.tiny_config(folder)
     return dataclasses.replace(
@@ -57,24 +68,26 @@ def config_of(folder, data, tensor):
         rollout=dataclasses.replace(config.rollout, prefill_rows=8),
         batch=dataclasses.replace(config.batch, rows=8),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=LEARNING_RATE),
-        mesh=MeshConfig(data=data, tensor=tensor),
+        mesh=mesh,
     )
 
 
-def built(folder, data, tensor):
+def built(folder, mesh):
     """(policy, stage) of a mesh, made once."""
-    if (data, tensor) not in CACHE:
-        config = config_of(folder, data, tensor)
+    if mesh not in CACHE:
+        config = config_of(folder, mesh)
         policy = build_policy(config)
-        CACHE[data, tensor] = (policy, build_stages(config, policy, recorded.questions())[-1])
-    return CACHE[data, tensor]
+        CACHE[mesh] = (policy, build_stages(config, policy, recorded.questions())[-1])
+    return CACHE[mesh]
 
 
 def added(policy, stage, state, micro_batches, *, flush):
     """The state after these micro-batches; `flush` ends the window with the last of them."""
     for index, micro_batch in enumerate(micro_batches):
         last = flush and index == len(micro_batches) - 1
-        state = stage.micro_step(state, put_micro_batch(policy.mesh, micro_batch), jax.numpy.asarray(last))
+        state = stage.micro_step(
+            state, put_micro_batch(policy.mesh, micro_batch, policy.rules), jax.numpy.asarray(last)
+        )
     return state
 
 
@@ -108,10 +121,10 @@ class Recorded:
     losses: np.ndarray  # of the next five updates: [5 2]
 
 
-def run_recorded(folder, data, tensor):
-    key = ("run", data, tensor)
+def run_recorded(folder, mesh):
+    key = ("run", mesh)
     if key not in CACHE:
-        policy, stage = built(folder, data, tensor)
+        policy, stage = built(folder, mesh)
         micro_batches = update_of(stage, 0).micro_batches
         start = to_host(jax.tree.leaves(policy.params))
         window = added(policy, stage, fresh(policy, stage), micro_batches, flush=False)
@@ -147,7 +160,7 @@ def norm(leaves):
 def tolerances(folder):
     """Accumulation spec 3.6, per leaf: 16 (k + sqrt(T)) u sum of the micro-batches' norms; and the norms, [k leaf]."""
     if "tolerances" not in CACHE:
-        policy, stage = built(folder, 1, 1)
+        policy, stage = built(folder, ONE)
         update = update_of(stage, 0)
         parts = []
         for micro_batch in update.micro_batches:
@@ -161,7 +174,7 @@ def tolerances(folder):
 
 
 def test_recorded_update_is_mixed_uneven_and_takes_several_micro_batches(folder):
-    update = update_of(built(folder, 1, 1)[1], 0)
+    update = update_of(built(folder, ONE)[1], 0)
     assert update.sources[Source.DEMONSTRATION].sequences == 8
     assert update.sources[Source.ROLLOUT].sequences == 32
     assert len(update.micro_batches) >= 3
@@ -169,31 +182,31 @@ def test_recorded_update_is_mixed_uneven_and_takes_several_micro_batches(folder)
     assert any((micro_batch.segment_ids == 0).all(axis=1).any() for micro_batch in update.micro_batches)
 
 
-@pytest.mark.parametrize(("data", "tensor"), SPREAD)
-def test_t14_summed_gradient_on_eight_devices_is_within_the_bound(folder, data, tensor):
+@on_eight
+def test_t14_summed_gradient_on_eight_devices_is_within_the_bound(folder, mesh):
     bounds, norms = tolerances(folder)
     assert (norms > 100 * bounds[None, :]).all()  # the gap rule: a lost micro-batch would be seen in every leaf
-    gaps = difference(run_recorded(folder, data, tensor).sums, run_recorded(folder, 1, 1).sums)
+    gaps = difference(run_recorded(folder, mesh).sums, run_recorded(folder, ONE).sums)
     for gap, bound in zip(gaps, bounds, strict=True):
         assert np.linalg.norm(np.ravel(gap)) <= bound
 
 
-@pytest.mark.parametrize(("data", "tensor"), MESHES)
-def test_t14_witness_and_token_counts_are_bitwise_the_plan_on_every_mesh(folder, data, tensor):
-    run = run_recorded(folder, data, tensor)
-    planned = update_of(built(folder, 1, 1)[1], 0).planned_tokens
+@on_meshes
+def test_t14_witness_and_token_counts_are_bitwise_the_plan_on_every_mesh(folder, mesh):
+    run = run_recorded(folder, mesh)
+    planned = update_of(built(folder, ONE)[1], 0).planned_tokens
     assert run.witness.dtype == np.float32
     assert np.array_equal(run.witness, planned.astype(np.float32))
     assert run.tokens == int(run.report.tokens) == planned.sum()
     assert int(run.report.status) == Status.UPDATED
-    one = run_recorded(folder, 1, 1).report
+    one = run_recorded(folder, ONE).report
     for name in ("sft/loss", "actor/rollout_nll"):  # what the losses count, too
         assert np.array_equal(run.report.stats[name].count, one.stats[name].count)
 
 
-@pytest.mark.parametrize(("data", "tensor"), SPREAD)
-def test_adamw_update_on_eight_devices_is_the_one_device_update(folder, data, tensor):
-    one, many = run_recorded(folder, 1, 1), run_recorded(folder, data, tensor)
+@on_eight
+def test_adamw_update_on_eight_devices_is_the_one_device_update(folder, mesh):
+    one, many = run_recorded(folder, ONE), run_recorded(folder, mesh)
     assert max(np.abs(gap).max() for gap in difference(many.params, one.params)) <= 2 * LEARNING_RATE
     moved = norm(difference(one.params, one.start))
     assert moved > 10 * LEARNING_RATE
@@ -201,34 +214,38 @@ def test_adamw_update_on_eight_devices_is_the_one_device_update(folder, data, te
     assert norm(difference(many.params, one.params)) < 0.1 * moved  # not merely as long: the same direction
 
 
-@pytest.mark.parametrize(("data", "tensor"), SPREAD)
-def test_next_five_losses_on_eight_devices_are_the_one_device_losses(folder, data, tensor):
-    expected = run_recorded(folder, 1, 1).losses
+@on_eight
+def test_next_five_losses_on_eight_devices_are_the_one_device_losses(folder, mesh):
+    expected = run_recorded(folder, ONE).losses
     assert np.unique(expected, axis=0).shape == (5, 2)
-    np.testing.assert_allclose(run_recorded(folder, data, tensor).losses, expected, rtol=1e-4)
+    np.testing.assert_allclose(run_recorded(folder, mesh).losses, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("data", "tensor"), SPREAD)
-def test_parameters_sums_and_moments_are_cut_over_tensor(folder, data, tensor):
+@on_eight
+def test_parameters_sums_and_moments_are_cut_by_the_table(folder, mesh):
     """Parameters, sums, and both moments, in an open window and after a flush, lie where the table says."""
-    run = run_recorded(folder, data, tensor)
-    seen = dict.fromkeys(SHARDED_AXIS, 0)
+    run = run_recorded(folder, mesh)
+    seen = dict.fromkeys(CUT_AXES, 0)
     for path, (whole, part) in [*run.shapes.items(), *run.open_shapes.items()]:
         name = path.split("'")[-2] if "'" in path else ""
         expected = list(whole)
-        if name in SHARDED_AXIS and len(whole) > 1:
+        if name in FSDP_ONLY and len(whole) > FSDP_ONLY[name]:
+            expected[FSDP_ONLY[name]] //= mesh.fsdp
+        if name in CUT_AXES and len(whole) > 1:
             seen[name] += 1
-            copied = whole[SHARDED_AXIS[name]] < tensor  # 2 kv heads on 4 devices
-            expected[SHARDED_AXIS[name]] //= 1 if copied else tensor
+            by_tensor, by_fsdp = CUT_AXES[name]
+            copied = whole[by_tensor] < mesh.tensor  # 2 kv heads on 4 devices
+            expected[by_tensor] //= 1 if copied else mesh.tensor
+            expected[by_fsdp] //= mesh.fsdp
         assert list(part) == expected, path
     assert set(seen.values()) == {8}  # parameters, sums, mu, nu; twice
 
 
-def sampled(folder, data, tensor):
+def sampled(folder, mesh):
     """Six groups of four completions, sampled on a mesh."""
-    key = ("samples", data, tensor)
+    key = ("samples", mesh)
     if key not in CACHE:
-        policy, _ = built(folder, data, tensor)
+        policy, _ = built(folder, mesh)
         requests = [
             Request(
                 sample_id=SampleId(question.question_id, 0, index),
@@ -243,12 +260,12 @@ def sampled(folder, data, tensor):
     return CACHE[key]
 
 
-@pytest.mark.parametrize(("data", "tensor"), [(4, 2), (2, 4)])  # kv heads cut, and kv heads copied
-def test_rollouts_on_eight_devices_are_the_one_device_rollouts(folder, data, tensor):
+@on_eight  # kv heads cut, copied, and both; weights where they are trained, and moved to where they decode
+def test_rollouts_on_eight_devices_are_the_one_device_rollouts(folder, mesh):
     """Tokens may differ at near ties (contract 3); in this recorded case there is none."""
-    expected = sampled(folder, 1, 1)
+    expected = sampled(folder, ONE)
     assert len({len(sample.completion_tokens) for sample in expected}) > 5
-    for sample, one in zip(sampled(folder, data, tensor), expected, strict=True):
+    for sample, one in zip(sampled(folder, mesh), expected, strict=True):
         assert sample.sample_id == one.sample_id
         assert np.array_equal(sample.completion_tokens, one.completion_tokens)
         np.testing.assert_allclose(sample.sampler_logprobs, one.sampler_logprobs, rtol=0, atol=1e-4)
@@ -259,14 +276,14 @@ def test_rollouts_on_eight_devices_are_the_one_device_rollouts(folder, data, ten
     [
         ("batch", {"rows": 6}, ["batch.rows", "mesh.data (4)", "got 6"]),
         ("rollout", {"slots": 18}, ["rollout.slots", "mesh.data (4)", "got 18"]),
-        ("rollout", {"prefill_rows": 3}, ["rollout.prefill_rows", "mesh.data (4)", "got 3"]),
+        ("rollout", {"prefill_rows": 3}, ["rollout.prefill_rows", "mesh.data (4)", "got 3", "(to 4)"]),
     ],
 )
-def test_config_check_names_rows_that_do_not_divide(folder, section, fields, names):
-    config = config_of(folder, 4, 2)
-    check(config)
+def test_mesh_check_names_rows_that_do_not_divide(folder, section, fields, names):
+    config = config_of(folder, SPREAD["4x2"])
+    check_mesh(config)
     with pytest.raises(ValueError) as caught:
-        check(dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)}))
+        check_mesh(dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)}))
     assert all(name in str(caught.value) for name in names), str(caught.value)
 
 
@@ -276,10 +293,10 @@ def with_heads(config, heads, kv_heads):
 
 
 def test_kv_heads_are_cut_or_copied_and_anything_else_names_the_field(folder):
-    check(config_of(folder, 2, 4))  # 2 kv heads on 4 devices: copied
-    check(config_of(folder, 4, 2))  # cut
-    with pytest.raises(ValueError, match=r"model\.shape\.num_kv_heads .* mesh\.tensor \(2\), got 3"):
-        check(with_heads(config_of(folder, 4, 2), 6, 3))
+    check_mesh(config_of(folder, SPREAD["2x4"]))  # 2 kv heads on 4 devices: copied
+    check_mesh(config_of(folder, SPREAD["4x2"]))  # cut
+    with pytest.raises(ValueError, match=r"model\.shape\.num_kv_heads: .*size 3 .* mesh\.tensor \(2\)"):
+        check_mesh(with_heads(config_of(folder, SPREAD["4x2"]), 6, 3))
 
 
 def test_build_names_what_a_mesh_cannot_hold(folder, eight_devices):
@@ -291,14 +308,14 @@ def test_build_names_what_a_mesh_cannot_hold(folder, eight_devices):
         lambda size: np.zeros(size, np.float32), param_shapes(shape), is_leaf=lambda x: type(x) is tuple
     )
     save_folder(folder / "model", shape, params, dtype="float32")
-    config = config_of(folder, 4, 2)
+    config = config_of(folder, SPREAD["4x2"])
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder / "model")))
-    check(config)
+    check_mesh(config)
     with pytest.raises(ValueError, match=r"'kv_heads' of size 3 .* change mesh\.tensor"):
         build_policy(config)
     with pytest.raises(ValueError, match=r"of size (20|4) .* change mesh\.tensor"):
-        build_policy(config_of(folder, 1, 8))
-    policy, stage = built(folder, 4, 2)
+        build_policy(config_of(folder, MeshConfig(tensor=8)))
+    policy, stage = built(folder, SPREAD["4x2"])
     whole = update_of(stage, 0).micro_batches[0]
     names = [field.name for field in dataclasses.fields(whole) if field.name not in REPLICATED_FIELDS]
     rows = {name: jax.tree.map(lambda leaf: leaf[:6], getattr(whole, name)) for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from hptjax.config_batch import MESH_AXES
 from hptjax.models.decoder import Cache, cache_axes, decode_step, forward, logical_axes, param_shapes, prefill
 from hptjax.models.shape import DecoderConfig
 from hptjax.sharding import agree as agreeing
 from hptjax.sharding.agree import agree, anyone
 from hptjax.sharding.host import to_host
-from hptjax.sharding.mesh import make_mesh, micro_batch_shardings, put_micro_batch, put_rows
+from hptjax.sharding.mesh import REPLICATED_FIELDS, make_mesh, put_micro_batch, put_rows
 from hptjax.sharding.rules import (
-    RULES,
+    AXES,
+    PRESETS,
     make_constrain,
+    make_rules,
     named_shardings,
     partition_spec,
     replicated,
@@ -67,7 +71,7 @@ def gradient_and_hidden(params, tokens, positions, segments, **keywords):
 
 @pytest.mark.parametrize(("data", "tensor"), [(2, 4), (4, 2), (8, 1)])
 def test_forward_on_eight_devices_equals_one(data, tensor, eight_devices):
-    mesh = make_mesh(data, tensor, eight_devices)
+    mesh = make_mesh(data, tensor, devices=eight_devices)
     params, _, hidden = single_device()
     run = functools.partial(forward, config=CONFIG, compute_dtype=jnp.float32, constrain=make_constrain(mesh))
     sharded = jax.jit(run)(shard_params(mesh, logical_axes(CONFIG), params), *put_rows(mesh, packed_inputs()))
@@ -76,7 +80,7 @@ def test_forward_on_eight_devices_equals_one(data, tensor, eight_devices):
 
 
 def test_gradient_on_eight_devices_equals_one(eight_devices):
-    mesh = make_mesh(2, 4, eight_devices)
+    mesh = make_mesh(2, 4, devices=eight_devices)
     params, gradient, _ = single_device()
     run = jax.jit(functools.partial(gradient_and_hidden, constrain=make_constrain(mesh)))
     sharded, _ = run(shard_params(mesh, logical_axes(CONFIG), params), *put_rows(mesh, packed_inputs()))
@@ -95,7 +99,7 @@ def test_prefill_and_decode_on_eight_devices_equal_one(eight_devices):
         return decode_step(params, cache, tokens[:, 9], lengths, **keywords)
 
     alone = to_host(jax.jit(functools.partial(run, constrain=make_constrain(make_mesh(1, 1))))(params, tokens, lengths))
-    mesh = make_mesh(4, 2, eight_devices)
+    mesh = make_mesh(4, 2, devices=eight_devices)
     placed = shard_params(mesh, logical_axes(CONFIG), params)
     together = jax.jit(functools.partial(run, constrain=make_constrain(mesh)))(
         placed, *put_rows(mesh, (tokens, lengths))
@@ -104,7 +108,7 @@ def test_prefill_and_decode_on_eight_devices_equal_one(eight_devices):
 
 
 def test_parameters_lie_where_the_table_says(eight_devices):
-    mesh = make_mesh(2, 4, eight_devices)
+    mesh = make_mesh(2, 4, devices=eight_devices)
     placed = shard_params(mesh, logical_axes(CONFIG), single_device()[0])
     parts = {name: leaf.addressable_shards[0].data.shape for name, leaf in placed["layers"].items()}
     assert parts["query"] == (2, 16, 1, 8)  # 4 heads over 4
@@ -118,19 +122,51 @@ def test_parameters_lie_where_the_table_says(eight_devices):
 
 
 def test_rules_of_one_array(eight_devices):
-    mesh = make_mesh(2, 4, eight_devices)
-    assert partition_spec(mesh, ("batch", "time", "embed")) == PartitionSpec("data", None, None)
+    mesh = make_mesh(2, 4, devices=eight_devices)
+    assert partition_spec(mesh, ("batch", "time", "features")) == PartitionSpec("data", None, None)
     assert partition_spec(mesh, ("embed", "mlp"), (3, 8)) == PartitionSpec(None, "tensor")
     assert partition_spec(mesh, (None, "kv_heads"), (3, 8)) == PartitionSpec(None, "tensor")
     assert partition_spec(mesh, (None, "kv_heads"), (3, 1)) == PartitionSpec(None, None)
-    assert set(RULES.values()) == {"data", "tensor", None}
+    assert partition_spec(mesh, (None, "kv_heads"), (3, 2)) == PartitionSpec(None, None)  # 2 on 4: copied
+
+
+def test_mesh_rules_over_several_axes(eight_devices):
+    mesh = make_mesh(2, 2, fsdp=2, devices=eight_devices)
+    assert partition_spec(mesh, ("batch", "time", "features"), (8, 3, 5)) == PartitionSpec(("data", "fsdp"), None, None)
+    assert partition_spec(mesh, ("vocab", "embed"), (6, 4)) == PartitionSpec("tensor", "fsdp")
+    assert partition_spec(mesh, ("vocab", "embed"), (6, 4), make_rules("replicated")) == PartitionSpec("tensor", None)
+    decode = make_rules("decode")
+    assert partition_spec(mesh, ("embed", "mlp"), (3, 8), decode) == PartitionSpec(None, ("fsdp", "tensor"))
+    # 2 kv heads on fsdp 2 x tensor 2: cut over fsdp, copied over tensor; as the query heads' first cut
+    assert partition_spec(mesh, ("kv_heads",), (2,), decode) == PartitionSpec("fsdp")
+    sequences = make_mesh(sequence=8, devices=eight_devices)
+    assert partition_spec(sequences, ("batch", "time"), (1, 16)) == PartitionSpec(None, "sequence")
+    assert set(PRESETS) == {"fsdp", "replicated", "decode"}
+    assert MESH_AXES == AXES
+
+
+def test_mesh_axes_of_the_config_replace_lines_of_a_table(eight_devices):
+    rules = make_rules("fsdp", {"embed": ("fsdp", "data"), "mlp": ()})
+    mesh = make_mesh(2, 2, fsdp=2, devices=eight_devices)
+    assert partition_spec(mesh, ("embed", "mlp"), (8, 3), rules) == PartitionSpec(("fsdp", "data"), None)
+    assert rules["heads"] == ("tensor",)
+    for preset, axes, message in (
+        ("fspd", {}, "fsdp, replicated, decode, got 'fspd'"),
+        ("fsdp", {"embd": ("fsdp",)}, "unknown logical axis 'embd'"),
+        ("fsdp", {"embed": ("fspd",)}, r"mesh.axes.embed: .*got \['fspd'\]"),
+        ("fsdp", {"embed": ("fsdp", "fsdp")}, "distinct mesh axes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_rules(preset, axes)
+    with pytest.raises(ValueError, match="'embed' and 'mlp' of one array both lie on mesh axis 'tensor'"):
+        partition_spec(mesh, ("embed", "mlp"), (8, 8), make_rules("fsdp", {"embed": ("tensor",)}))
 
 
 @pytest.mark.parametrize(
     ("axes", "shape", "message"),
     [
-        (("batch", "time"), (3, 4), "'batch' of size 3 does not divide over the 2 devices of mesh axis 'data'"),
-        (("embed", "mlp"), (4, 6), "'mlp' of size 6 .* mesh axis 'tensor'"),
+        (("batch", "time"), (3, 4), "'batch' of size 3 does not divide over the 2 devices of mesh.data"),
+        (("embed", "mlp"), (4, 6), "'mlp' of size 6 .* devices of mesh.tensor .4."),
         (("kv_heads",), (3,), "'kv_heads' of size 3 .*multiple of 4 or a divisor"),
         (("kv_heads",), (6,), "'kv_heads' of size 6"),
         (("heads", "mlp"), None, "'heads' and 'mlp' of one array both lie on mesh axis 'tensor'"),
@@ -140,11 +176,11 @@ def test_rules_of_one_array(eight_devices):
 )
 def test_uneven_splits_collisions_and_unknown_names_are_errors(axes, shape, message, eight_devices):
     with pytest.raises(ValueError, match=message):
-        partition_spec(make_mesh(2, 4, eight_devices), axes, shape)
+        partition_spec(make_mesh(2, 4, devices=eight_devices), axes, shape)
 
 
 def test_constrain_checks_and_places(eight_devices):
-    constrain = make_constrain(make_mesh(4, 2, eight_devices))
+    constrain = make_constrain(make_mesh(4, 2, devices=eight_devices))
     placed = jax.jit(lambda x: constrain(x, ("batch", "mlp")))(np.ones((4, 6), np.float32))
     assert placed.addressable_shards[0].data.shape == (1, 3)
     with pytest.raises(ValueError, match="'batch' of size 6"):
@@ -154,7 +190,7 @@ def test_constrain_checks_and_places(eight_devices):
 
 
 def test_named_shardings_keep_the_tree(eight_devices):
-    mesh = make_mesh(2, 4, eight_devices)
+    mesh = make_mesh(2, 4, devices=eight_devices)
     shape = jax.ShapeDtypeStruct((2, 8, 12, 2, 8), jnp.float32)
     found = named_shardings(mesh, cache_axes(), Cache(shape, shape))
     assert found.keys.spec == PartitionSpec(None, "data", None, None, None)  # 2 kv heads over 4 devices: copied
@@ -163,7 +199,7 @@ def test_named_shardings_keep_the_tree(eight_devices):
 
 
 def test_a_micro_batch_has_its_rows_over_data(eight_devices):
-    mesh = make_mesh(4, 2, eight_devices)
+    mesh = make_mesh(4, 2, devices=eight_devices)
     rows, tokens, segments = 8, 6, 3
     rng = np.random.default_rng(0)
 
@@ -195,25 +231,28 @@ def test_a_micro_batch_has_its_rows_over_data(eight_devices):
     for put, whole in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
         assert put.dtype == whole.dtype
         np.testing.assert_array_equal(to_host(put), whole)
-    shardings = micro_batch_shardings(mesh)
-    for name, sharding in shardings.items():
+    for name in MicroBatch.__dataclass_fields__:
         for leaf in jax.tree.leaves(getattr(placed, name)):
-            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), name
+            whole = name in REPLICATED_FIELDS
+            assert leaf.addressable_shards[0].data.shape[:1] == ((leaf.shape[:1]) if whole else (2,)), name
+    by_time = put_micro_batch(make_mesh(2, 1, sequence=2, fsdp=2, devices=eight_devices), batch)
+    assert by_time.planes["sft"].weights.addressable_shards[0].data.shape == (2, tokens // 2)
+    assert by_time.sample_hash.addressable_shards[0].data.shape == (2, segments, 2)
     assert placed.planned_tokens.sharding.is_fully_replicated
     assert placed.planes["sft"].weights.addressable_shards[0].data.shape == (2, tokens)
-    with pytest.raises(ValueError, match=r"'batch' of size 8 .* mesh axis 'data'"):
-        put_micro_batch(make_mesh(3, 1, eight_devices), batch)
+    with pytest.raises(ValueError, match=r"'batch' of size 8 .* devices of mesh.data .3."):
+        put_micro_batch(make_mesh(3, 1, devices=eight_devices), batch)
 
 
-def test_mesh_refuses_what_the_machine_lacks(eight_devices, monkeypatch):
-    assert make_mesh(2, 1).devices.shape == (2, 1)
+def test_mesh_refuses_what_the_machine_lacks(eight_devices):
+    assert dict(make_mesh(2, 1).shape) == {"replica": 1, "data": 2, "fsdp": 1, "sequence": 1, "tensor": 1}
     with pytest.raises(ValueError, match="needs 16 devices, this machine shows 8"):
-        make_mesh(4, 4, eight_devices)
+        make_mesh(4, 4, devices=eight_devices)
     with pytest.raises(ValueError, match="at least 1"):
         make_mesh(0, 1)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    there = [types.SimpleNamespace(process_index=index // 4) for index in range(8)]
     with pytest.raises(ValueError, match="must use them all"):
-        make_mesh(2, 2, eight_devices)
+        make_mesh(2, 2, devices=there)
 
 
 def test_agree_is_the_identity_on_one_process():
@@ -241,7 +280,7 @@ def test_agree_carries_bytes_exactly_between_processes(monkeypatch):
 
 
 def test_to_host_reads_a_sharded_tree(eight_devices):
-    mesh = make_mesh(8, 1, eight_devices)
+    mesh = make_mesh(8, 1, devices=eight_devices)
     tree = {"rows": np.arange(16).reshape(8, 2)}
     read = to_host(put_rows(mesh, tree))
     assert type(read["rows"]) is np.ndarray

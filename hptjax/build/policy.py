@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hptjax.build.mesh import build_mesh, check_mesh, rollout_rules, training_rules
 from hptjax.config import Config, ShapeConfig
 from hptjax.data.tokenizer import load_tokenizer
 from hptjax.losses.logprobs import TokenStats, token_logprobs
@@ -19,8 +20,9 @@ from hptjax.models.folder import load_folder
 from hptjax.models.shape import DecoderConfig
 from hptjax.rollout.engine import make_engine
 from hptjax.rollout.programs import RolloutShardings
-from hptjax.sharding.mesh import make_mesh
-from hptjax.sharding.rules import make_constrain, named_shardings, shard_tree
+from hptjax.sharding.mesh import row_sharding
+from hptjax.sharding.reshard import make_reshard
+from hptjax.sharding.rules import Rules, make_constrain, named_shardings, replicated, shard_tree
 from hptjax.train.objective import TokenStatsFn, per_token
 from hptjax.types import MicroBatch, Params
 
@@ -30,14 +32,15 @@ class Policy:
     """A model in place: everything the run needs of it.
 
     Args
-      params: float32, sharded over `mesh`. shardings: the same tree. sample: the rollout engine, (params, requests,
-        key, *, should_stop, on_wave) -> samples. token_stats: want_entropy -> the model call of the losses.
+      params: float32, sharded over `mesh` by `rules`. shardings: the same tree. sample: the rollout engine, (params,
+        requests, key, *, should_stop, on_wave) -> samples. token_stats: want_entropy -> the model call of the losses.
     """
 
     config: DecoderConfig
     params: Params
     shardings: Any
     mesh: jax.sharding.Mesh
+    rules: Rules
     tokenizer: Any
     sample: Callable[..., Any]
     token_stats: Callable[[bool], TokenStatsFn]
@@ -45,6 +48,7 @@ class Policy:
 
 def build_policy(config: Config) -> Policy:
     """Loads or makes the model that the config names, puts it on its mesh, and makes its functions."""
+    check_mesh(config)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
     if config.model.path is not None:
         shape, params = load_folder(Path(config.model.path))
@@ -56,10 +60,12 @@ def build_policy(config: Config) -> Policy:
             f"expected a tokenizer with at most {shape.vocab_size} tokens, the model's vocabulary, got "
             f"{len(tokenizer)}; change model.tokenizer or model.path"
         )
-    mesh = make_mesh(config.mesh.data, config.mesh.tensor)
-    shardings = named_shardings(mesh, decoder.logical_axes(shape), shapes=decoder.param_shapes(shape))
+    mesh = build_mesh(config)
+    rules = training_rules(config)
+    axes, shapes = decoder.logical_axes(shape), decoder.param_shapes(shape)
+    shardings = named_shardings(mesh, axes, shapes, rules)
     params = shard_tree(params, shardings)
-    constrain = make_constrain(mesh)
+    constrain = make_constrain(mesh, rules)
     dtype = jnp.dtype(config.model.compute_dtype)
 
     def token_stats(want_entropy: bool) -> TokenStatsFn:
@@ -87,11 +93,17 @@ def build_policy(config: Config) -> Policy:
         return stats
 
     rollout = config.rollout
+    decode_rules = rollout_rules(config)
+    constrain_rollout = make_constrain(mesh, decode_rules)
     sample = make_engine(
         prefill=partial(
-            decoder.prefill, config=shape, capacity=rollout.cache_capacity, compute_dtype=dtype, constrain=constrain
+            decoder.prefill,
+            config=shape,
+            capacity=rollout.cache_capacity,
+            compute_dtype=dtype,
+            constrain=constrain_rollout,
         ),
-        decode_step=partial(decoder.decode_step, config=shape, compute_dtype=dtype, constrain=constrain),
+        decode_step=partial(decoder.decode_step, config=shape, compute_dtype=dtype, constrain=constrain_rollout),
         unembedding=lambda params: decoder.unembedding(params, shape).astype(dtype),
         vocab_size=shape.vocab_size,
         slots=rollout.slots,
@@ -100,9 +112,36 @@ def build_policy(config: Config) -> Policy:
         tokens_per_call=rollout.tokens_per_call,
         pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         prefill_rows=rollout.prefill_rows,
-        shardings=_rollout_shardings(mesh, shape, rollout.slots, rollout.cache_capacity) if mesh.size > 1 else None,
+        shardings=_rollout_shardings(mesh, decode_rules, shape, rollout.slots, rollout.cache_capacity)
+        if mesh.size > 1
+        else None,
     )
-    return Policy(shape, params, shardings, mesh, tokenizer, sample, token_stats)
+    decode_shardings = named_shardings(mesh, axes, shapes, decode_rules)
+    if decode_shardings != shardings:
+        sample = _on_a_copy(sample, make_reshard(decode_shardings, partial(_decode_weights, dtype=dtype)))
+    return Policy(shape, params, shardings, mesh, rules, tokenizer, sample, token_stats)
+
+
+def _on_a_copy(sample: Callable[..., Any], reshard: Callable[[Params], Params]) -> Callable[..., Any]:
+    """The engine, fed with weights in the layout of rollouts; the copy is gone before training goes on."""
+
+    def sample_from(params: Params, *args: Any, **options: Any) -> Any:
+        copy = reshard(params)
+        try:
+            return sample(copy, *args, **options)
+        finally:
+            jax.tree.map(lambda leaf: leaf.delete(), copy)
+
+    return sample_from
+
+
+def _decode_weights(params: Params, *, dtype: Any) -> Params:
+    """The weights in the type that the decoder casts them to at use; the scales of norms it uses as they are."""
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        return leaf if path[-1].key.endswith("norm") else leaf.astype(dtype)
+
+    return jax.tree.map_with_path(cast, params)
 
 
 def from_scratch(shape: ShapeConfig, vocab_size: int) -> DecoderConfig:
@@ -123,13 +162,13 @@ def from_scratch(shape: ShapeConfig, vocab_size: int) -> DecoderConfig:
     )
 
 
-def _rollout_shardings(mesh: jax.sharding.Mesh, shape: DecoderConfig, slots: int, capacity: int) -> RolloutShardings:
-    """Slots over `data`, as the rows of a micro-batch; the cache by its logical axes (few kv heads are copied)."""
-    spec = jax.sharding.PartitionSpec
+def _rollout_shardings(
+    mesh: jax.sharding.Mesh, rules: Rules, shape: DecoderConfig, slots: int, capacity: int
+) -> RolloutShardings:
+    """Slots as the rows of a micro-batch; the cache by its logical axes (few kv heads are copied)."""
     cache = (shape.num_layers, slots, capacity, shape.num_kv_heads, shape.head_dim)  # [L B C K E]
-    place = partial(jax.sharding.NamedSharding, mesh)
     return RolloutShardings(
-        rows=place(spec("data")),
-        cache=named_shardings(mesh, decoder.cache_axes(), shapes=decoder.Cache(keys=cache, values=cache)),
-        replicated=place(spec()),
+        rows=row_sharding(mesh, rules),
+        cache=named_shardings(mesh, decoder.cache_axes(), decoder.Cache(keys=cache, values=cache), rules),
+        replicated=replicated(mesh),
     )

@@ -54,7 +54,7 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
     )
     schedule = _schedule(config, stage)
     optimizers = {"policy": _optimizer(config, schedule)}
-    empty = put_micro_batch(policy.mesh, _assembler(config, recipe)([], frozenset()).micro_batches[0])
+    empty = put_micro_batch(policy.mesh, _assembler(config, recipe)([], frozenset()).micro_batches[0], policy.rules)
     stats = jax.eval_shape(losses, {"policy": policy.params}, empty)[1]
 
     def fresh(params: Mapping[str, Params]) -> TrainState:

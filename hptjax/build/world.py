@@ -85,7 +85,7 @@ def build_world(
         sample=_sampler(parts),
         judge=parts.judge,
         reward_names=tuple(function.name for function in parts.config.reward.functions),
-        put=lambda micro_batch: put_micro_batch(parts.policy.mesh, micro_batch),
+        put=lambda micro_batch: put_micro_batch(parts.policy.mesh, micro_batch, parts.policy.rules),
         read=to_host,
         flag=_flags(parts.policy.mesh),
         log_step=watch_sampler(telemetry.write, telemetry.say) if exact else telemetry.write,

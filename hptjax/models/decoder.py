@@ -151,7 +151,7 @@ def forward(
     def body(hidden: Array, weights: dict[str, Any]) -> tuple[Array, None]:
         return layer(hidden, weights, turn, attend, config=config, constrain=constrain)[0], None
 
-    hidden = constrain(_embed(params, tokens, compute_dtype), ("batch", "time", "embed"))
+    hidden = constrain(_embed(params, tokens, compute_dtype), ("batch", "time", "features"))
     hidden, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, hidden, params["layers"], unroll=unroll)
     return rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
 
@@ -200,7 +200,7 @@ def prefill(
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
         return hidden, (key, value)
 
-    hidden = constrain(_embed(params, tokens, compute_dtype), ("batch", "time", "embed"))
+    hidden = constrain(_embed(params, tokens, compute_dtype), ("batch", "time", "features"))
     hidden, (keys, values) = jax.lax.scan(body, hidden, params["layers"])  # [L B P K E]
     room = [(0, 0), (0, 0), (0, capacity - prompt_tokens), (0, 0), (0, 0)]
     cache = Cache(keys=jnp.pad(keys, room), values=jnp.pad(values, room))
@@ -234,7 +234,7 @@ def decode_step(
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
         return hidden, (key[:, 0], value[:, 0])
 
-    hidden = constrain(_embed(params, tokens[:, None], compute_dtype), ("batch", "time", "embed"))
+    hidden = constrain(_embed(params, tokens[:, None], compute_dtype), ("batch", "time", "features"))
     hidden, (keys, values) = jax.lax.scan(body, hidden, (params["layers"], cache.keys, cache.values))  # [L B K E]
     hidden = rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
     return hidden[:, 0], Cache(keys=_write(cache.keys, keys, lengths), values=_write(cache.values, values, lengths))

@@ -117,9 +117,9 @@ def layer(
     hidden = hidden + matmul(
         mixed.reshape(*mixed.shape[:2], -1), weights["output"].astype(dtype).reshape(-1, hidden.shape[-1])
     )
-    hidden = constrain(hidden, ("batch", "time", "embed"))
+    hidden = constrain(hidden, ("batch", "time", "features"))
     hidden = hidden + swiglu(rms_norm(hidden, weights["mlp_norm"], eps), weights, constrain)
-    return constrain(hidden, ("batch", "time", "embed")), key, value
+    return constrain(hidden, ("batch", "time", "features")), key, value
 
 
 @jax.custom_vjp

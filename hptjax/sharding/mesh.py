@@ -2,64 +2,87 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-from hptjax.sharding.rules import DATA, TENSOR, partition_spec, place, replicated
+from hptjax.sharding.rules import (
+    AXES,
+    DATA,
+    FSDP,
+    FSDP_RULES,
+    REPLICA,
+    SEQUENCE,
+    TENSOR,
+    Rules,
+    partition_spec,
+    place,
+    replicated,
+)
 from hptjax.types import MicroBatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 REPLICATED_FIELDS = ("micro_index", "planned_tokens", "planned_digest")  # every other field of a micro-batch has rows
+SEGMENT_FIELDS = ("temperature", "sample_index", "sample_hash", "source")  # rows of segments; the others are [B T]
 
 
-def make_mesh(data: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `data` x `tensor` devices.
+def make_mesh(
+    data: int = 1,
+    tensor: int = 1,
+    *,
+    replica: int = 1,
+    fsdp: int = 1,
+    sequence: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh with the five axes of `sharding.rules`; those of size 1 cost nothing.
 
     Args
-      data: how many parts the rows of a batch are cut into. tensor: how many parts the heads, mlp and vocabulary are.
-      devices: default the first data x tensor of all; several processes must use all of theirs.
+      replica: copies of everything on different slices, which only exchange gradients. data: parts of a batch's rows
+        whose devices hold whole copies of what is not cut otherwise. fsdp: parts of rows, and of weights and moments
+        too. sequence: parts of a row's time axis. tensor: parts of heads, mlp and vocabulary.
+      devices: default the first of all; several processes must use all of theirs.
 
     Raises sizes below 1, too few devices, devices of several processes left over -> ValueError.
     """
-    if data < 1 or tensor < 1:
-        raise ValueError(f"mesh.data and mesh.tensor must be at least 1, got {data} and {tensor}")
+    sizes = {REPLICA: replica, DATA: data, FSDP: fsdp, SEQUENCE: sequence, TENSOR: tensor}
+    product = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "mesh.data=1"
+    if min(sizes.values()) < 1:
+        raise ValueError(f"every axis of the mesh must be at least 1, got {product}")
     available = list(jax.devices() if devices is None else devices)
-    wanted = data * tensor
+    wanted = math.prod(sizes.values())
     if wanted > len(available):
+        raise ValueError(f"a mesh of {product} needs {wanted} devices, this machine shows {len(available)}")
+    if wanted < len(available) and len({device.process_index for device in available}) > 1:
         raise ValueError(
-            f"a mesh of mesh.data={data} x mesh.tensor={tensor} needs {wanted} devices, "
-            f"this machine shows {len(available)}"
-        )
-    if wanted < len(available) and jax.process_count() > 1:
-        raise ValueError(
-            f"mesh.data={data} x mesh.tensor={tensor} is {wanted} of {len(available)} devices; with "
-            f"{jax.process_count()} processes the mesh must use them all"
+            f"{product} is {wanted} of {len(available)} devices; with several processes the mesh must use them all"
         )
     return jax.make_mesh(
-        (data, tensor), (DATA, TENSOR), axis_types=(AxisType.Auto, AxisType.Auto), devices=available[:wanted]
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=available[:wanted]
     )
 
 
-def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Axis 0 cut over `data`, the other axes whole: for [B T], [B S], [B T D] and so on."""
-    return NamedSharding(mesh, PartitionSpec(DATA))
+def row_sharding(mesh: Mesh, rules: Rules = FSDP_RULES) -> NamedSharding:
+    """Axis 0 cut as rows are, the other axes whole: for [B S], [B S 2] and so on."""
+    return NamedSharding(mesh, partition_spec(mesh, ("batch",), rules=rules))
 
 
-def put_rows(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays with rows on axis 0, on the mesh with their rows over `data`.
+def put_rows(mesh: Mesh, tree: Any, rules: Rules = FSDP_RULES, *, time: bool = False) -> Any:
+    """Host arrays with rows on axis 0 (and time on axis 1, if so said), on the mesh.
 
-    Every process passes the whole array (host decisions are agreed on); each places its own rows.
-    Raises rows that do not divide evenly -> ValueError.
+    Every process passes the whole array (host decisions are agreed on); each places its own part.
+    Raises rows or positions that do not divide evenly -> ValueError.
     """
 
     def put(leaf: Any) -> jax.Array:
-        partition_spec(mesh, ("batch", *[None] * (leaf.ndim - 1)), leaf.shape)
-        return place(leaf, row_sharding(mesh))
+        names = ("batch", "time" if time else None)[: leaf.ndim]
+        spec = partition_spec(mesh, (*names, *[None] * (leaf.ndim - len(names))), leaf.shape, rules)
+        return place(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(put, tree)
 
@@ -69,26 +92,19 @@ def put_replicated(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: place(leaf, replicated(mesh)), tree)
 
 
-def put_micro_batch(mesh: Mesh, micro_batch: MicroBatch) -> MicroBatch:
-    """A host micro-batch on the mesh: rows over `data`; scalars and the plan of the update on every device.
+def put_micro_batch(mesh: Mesh, micro_batch: MicroBatch, rules: Rules = FSDP_RULES) -> MicroBatch:
+    """A host micro-batch on the mesh: rows and time cut, scalars and the plan of the update on every device.
 
-    Raises rows that `mesh.data` does not divide -> ValueError.
+    Raises rows or row tokens that the mesh does not divide -> ValueError.
     """
-    whole = {name: put_replicated(mesh, getattr(micro_batch, name)) for name in REPLICATED_FIELDS}
-    rows = {
-        name: put_rows(mesh, getattr(micro_batch, name))
-        for name in micro_batch.__dataclass_fields__
-        if name not in REPLICATED_FIELDS
-    }
-    return MicroBatch(**rows, **whole)
 
+    def put(name: str) -> Any:
+        value = getattr(micro_batch, name)
+        if name in REPLICATED_FIELDS:
+            return put_replicated(mesh, value)
+        return put_rows(mesh, value, rules, time=name not in SEGMENT_FIELDS)
 
-def micro_batch_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
-    """Field name -> where `put_micro_batch` puts it (one sharding for all planes)."""
-    return {
-        name: replicated(mesh) if name in REPLICATED_FIELDS else row_sharding(mesh)
-        for name in MicroBatch.__dataclass_fields__
-    }
+    return MicroBatch(**{name: put(name) for name in MicroBatch.__dataclass_fields__})
 
 
 def one_at_a_time(mesh: Mesh, program: Callable[P, R]) -> Callable[P, R]:

@@ -1,8 +1,12 @@
-"""Which array lives on which devices: one table from logical axis names to mesh axes, and what follows from it."""
+"""Which array lives on which devices: tables from logical axis names to mesh axes, and what follows from them.
+
+A table is chosen by name (`mesh.rules`, `mesh.rollout_rules`) and single lines of it can be replaced (`mesh.axes`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,65 +15,135 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hptjax.types import Array
 
-DATA, TENSOR = "data", "tensor"
+REPLICA, DATA, FSDP, SEQUENCE, TENSOR = "replica", "data", "fsdp", "sequence", "tensor"
+AXES = (
+    REPLICA,
+    DATA,
+    FSDP,
+    SEQUENCE,
+    TENSOR,
+)  # slowest links first: replicas lie on other slices
 
-RULES: dict[str, str | None] = {
-    "batch": DATA,  # rows
-    "vocab": TENSOR,
-    "heads": TENSOR,
-    "kv_heads": TENSOR,
-    "mlp": TENSOR,
-    "layers": None,
-    "embed": None,
-    "head_dim": None,
-    "time": None,
-    "cache": None,
+Rules = Mapping[str, tuple[str, ...]]
+"""Logical axis name -> the mesh axes it is cut over, the slowest first; () is a copy on every device."""
+
+FSDP_RULES: Rules = {
+    "batch": (REPLICA, DATA, FSDP),  # rows
+    "time": (SEQUENCE,),
+    "features": (),  # the hidden states' last axis
+    "embed": (FSDP,),  # the weights' side of it: gathered where a layer uses it
+    "vocab": (TENSOR,),
+    "heads": (TENSOR,),
+    "kv_heads": (TENSOR,),
+    "mlp": (TENSOR,),
+    "layers": (),
+    "head_dim": (),
+    "cache": (),
 }
-# axes that are copied to every device of the mesh axis where they are too few to be cut (grouped-query attention)
+"""Training: rows over all data axes, weights and moments cut over `fsdp` besides `tensor`."""
+
+REPLICATED_RULES: Rules = {**FSDP_RULES, "embed": ()}
+"""Plain data parallelism beside `tensor`: no gathering of weights, a whole copy of them on every data part."""
+
+DECODE_RULES: Rules = {
+    **FSDP_RULES,
+    "batch": (REPLICA, DATA, SEQUENCE),
+    "time": (),
+    "embed": (),
+    "vocab": (FSDP, TENSOR),
+    "heads": (FSDP, TENSOR),
+    "kv_heads": (FSDP, TENSOR),
+    "mlp": (FSDP, TENSOR),
+}
+"""Rollouts: a token needs every weight, so weights stay where they are and `fsdp` is more of `tensor`."""
+
+PRESETS: Mapping[str, Rules] = {"fsdp": FSDP_RULES, "replicated": REPLICATED_RULES, "decode": DECODE_RULES}
+
+# Axes that are copied over mesh axes that have more devices than they have parts (grouped-query attention).
 COPIED_WHEN_FEWER = frozenset({"kv_heads"})
 
 
-def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
-    """How an array with these logical axes is cut over the mesh.
+def make_rules(preset: str, axes: Mapping[str, Sequence[str]] | None = None) -> Rules:
+    """The table of a preset, with the lines of `axes` in the place of its own.
+
+    Raises an unknown preset, logical axis or mesh axis, or a mesh axis twice in one line -> ValueError, naming it.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"expected one of the rules {', '.join(PRESETS)}, got {preset!r}; change mesh.rules")
+    rules = dict(PRESETS[preset])
+    for name, mesh_axes in (axes or {}).items():
+        if name not in rules:
+            raise ValueError(f"unknown logical axis {name!r} in mesh.axes; the tables know {', '.join(rules)}")
+        unknown = [axis for axis in mesh_axes if axis not in AXES]
+        if unknown or len(set(mesh_axes)) < len(mesh_axes):
+            raise ValueError(
+                f"mesh.axes.{name}: expected distinct mesh axes out of {', '.join(AXES)}, got {list(mesh_axes)}"
+            )
+        rules[name] = tuple(mesh_axes)
+    return rules
+
+
+def partition_spec(
+    mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None = None, rules: Rules = FSDP_RULES
+) -> PartitionSpec:
+    """How an array with these logical axes is cut over the mesh; mesh axes of one device are left out.
 
     Args
       axes: one logical name, or None, per array axis.
       shape: its sizes, for the checks that need them; without it only names and collisions are checked.
 
     Raises an unknown name, two axes on one mesh axis, an axis that does not divide evenly -> ValueError, naming it.
-    A kv_heads axis smaller than its mesh axis is copied instead of cut, if it divides the mesh axis.
+    A kv_heads axis smaller than its mesh axes is cut over the first of them as far as it goes and copied over the
+    rest, if it divides them.
     """
     if shape is not None and len(shape) != len(axes):
         raise ValueError(f"expected one logical axis name per array axis: names {tuple(axes)}, shape {tuple(shape)}")
-    placed: list[str | None] = []
+    owner: dict[str, str] = {}  # mesh axis -> the logical axis that lies on it
+    placed: list[Any] = []
     for place, name in enumerate(axes):
-        if name is not None and name not in RULES:
-            raise ValueError(f"unknown logical axis {name!r}; sharding/rules.py knows {', '.join(RULES)}")
-        mesh_axis = None if name is None else RULES[name]
-        if mesh_axis is not None and mesh_axis in placed:
-            other = axes[placed.index(mesh_axis)]
-            raise ValueError(f"logical axes {other!r} and {name!r} of one array both lie on mesh axis {mesh_axis!r}")
-        if mesh_axis is not None and shape is not None:
-            mesh_axis = _checked(str(name), shape[place], mesh_axis, mesh.shape[mesh_axis])
-        placed.append(mesh_axis)
+        if name is not None and name not in rules:
+            raise ValueError(f"unknown logical axis {name!r}; sharding/rules.py knows {', '.join(rules)}")
+        listed = () if name is None else rules[name]
+        for axis in listed:
+            if axis in owner:
+                raise ValueError(
+                    f"logical axes {owner[axis]!r} and {name!r} of one array both lie on mesh axis {axis!r}; "
+                    "change mesh.rules or mesh.axes"
+                )
+            owner[axis] = str(name)
+        mesh_axes = tuple(axis for axis in listed if mesh.shape[axis] > 1)
+        if shape is not None:
+            mesh_axes = axes_that_divide(str(name), shape[place], mesh_axes, mesh.shape)
+        placed.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
     return PartitionSpec(*placed)
 
 
-def _checked(name: str, size: int, mesh_axis: str, devices: int) -> str | None:
+def parts(sizes: Mapping[str, int], name: str, rules: Rules = FSDP_RULES) -> int:
+    """How many parts a logical axis is cut into; `sizes` are those of the mesh axes."""
+    return math.prod(sizes[axis] for axis in rules[name])
+
+
+def axes_that_divide(name: str, size: int, mesh_axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes that a logical axis of this size is cut over: all of them, or fewer for one that may be copied.
+
+    Raises a size that does not divide -> ValueError, naming the axis and the sizes that clash.
+    """
+    devices = math.prod(sizes[axis] for axis in mesh_axes)
     if size % devices == 0:
-        return mesh_axis
+        return tuple(mesh_axes)
     if name in COPIED_WHEN_FEWER and devices % size == 0:
-        return None
+        return axes_that_divide(name, size, mesh_axes[:-1], sizes)
     hint = f"make the axis a multiple of {devices}"
     if name in COPIED_WHEN_FEWER:
         hint += " or a divisor of it"
+    clash = [f"mesh.{axis} ({sizes[axis]})" for axis in mesh_axes if sizes[axis] > 1]
     raise ValueError(
-        f"logical axis {name!r} of size {size} does not divide over the {devices} devices of mesh axis {mesh_axis!r}; "
-        f"{hint}, or change mesh.{mesh_axis}"
+        f"logical axis {name!r} of size {size} does not divide over the {devices} devices of {' x '.join(clash)}; "
+        f"{hint}, or change {' or '.join(clash)}"
     )
 
 
-def named_shardings(mesh: Mesh, axes_tree: Any, shapes: Any = None) -> Any:
+def named_shardings(mesh: Mesh, axes_tree: Any, shapes: Any = None, rules: Rules = FSDP_RULES) -> Any:
     """The tree of shardings that belongs to a tree of logical axis names.
 
     Args
@@ -78,9 +152,13 @@ def named_shardings(mesh: Mesh, axes_tree: Any, shapes: Any = None) -> Any:
         known, because uneven axes and copied kv heads cannot be seen without it.
     """
     if shapes is None:
-        return jax.tree.map(lambda axes: NamedSharding(mesh, partition_spec(mesh, axes)), axes_tree, is_leaf=_is_plain)
+        return jax.tree.map(
+            lambda axes: NamedSharding(mesh, partition_spec(mesh, axes, rules=rules)), axes_tree, is_leaf=_is_plain
+        )
     return jax.tree.map(
-        lambda axes, leaf: NamedSharding(mesh, partition_spec(mesh, axes, leaf if _is_plain(leaf) else leaf.shape)),
+        lambda axes, leaf: NamedSharding(
+            mesh, partition_spec(mesh, axes, leaf if _is_plain(leaf) else leaf.shape, rules)
+        ),
         axes_tree,
         shapes,
         is_leaf=_is_plain,
@@ -96,13 +174,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def make_constrain(mesh: Mesh) -> Callable[[Array, tuple[str | None, ...]], Array]:
+def make_constrain(mesh: Mesh, rules: Rules = FSDP_RULES) -> Callable[[Array, tuple[str | None, ...]], Array]:
     """The `constrain(x, axes) -> x` that models call; on a mesh of one device it returns x."""
 
     def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
         if mesh.size == 1:
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(mesh, axes, x.shape)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(mesh, axes, x.shape, rules)))
 
     return constrain
 
@@ -117,9 +195,9 @@ def shard_tree(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(place, tree, shardings)
 
 
-def shard_params(mesh: Mesh, axes_tree: Any, params: Any) -> Any:
+def shard_params(mesh: Mesh, axes_tree: Any, params: Any, rules: Rules = FSDP_RULES) -> Any:
     """Parameters placed by the rules table, with their shapes checked."""
-    return shard_tree(params, named_shardings(mesh, axes_tree, params))
+    return shard_tree(params, named_shardings(mesh, axes_tree, params, rules))
 
 
 def place(leaf: Any, sharding: NamedSharding) -> jax.Array:

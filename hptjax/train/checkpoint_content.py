@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt
 
 from hptjax.sharding.host import to_host
+from hptjax.sharding.words import word_sum
 from hptjax.types import Array
 
 SHOWN_DIFFERENCES = 6  # how many differing fields an error message spells out
@@ -74,7 +75,7 @@ def as_leaf(value: Any, implementation: str | None) -> Any:
 
 
 def checksums(leaves: Mapping[str, Any]) -> UInt[np.ndarray, " n"]:
-    """One `checksum` per leaf, in the order of the names, on the host.
+    """One `word_sum` per leaf, in the order of the names, on the host.
 
     One program for all leaves on the same devices: one for each leaf would be sixty programs with collectives in flight
     at once, which `sharding.mesh.one_at_a_time` says why to avoid.
@@ -94,24 +95,7 @@ def checksums(leaves: Mapping[str, Any]) -> UInt[np.ndarray, " n"]:
 
 @jax.jit
 def _checksums(arrays: list[Any]) -> list[UInt[Array, ""]]:
-    return [checksum(array) for array in arrays]
-
-
-def checksum(array: Any) -> UInt[Array, ""]:
-    """Sum over entries i of word_i * (2 i + 1), modulo 2^32; an entry of 8 bytes counts as two words.
-
-    The factors are odd, so a change of any single word changes it. Integer sums do not depend on the sharding.
-    """
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    width = min(array.dtype.itemsize, 4)
-    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
-    place = jnp.zeros(words.shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(words.ndim)):
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
-        stride *= words.shape[axis]
-    return jnp.sum(words * (place * np.uint32(2) + np.uint32(1)), dtype=jnp.uint32)
+    return [word_sum(array) for array in arrays]
 
 
 def pack_arrays(arrays: Mapping[str, np.ndarray]) -> UInt[np.ndarray, " bytes"]:

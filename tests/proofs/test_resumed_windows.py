@@ -53,7 +53,7 @@ class Toy:
 
 def make_toy(data=1, tensor=1, *, linear=False):
     """Integers and SGD where `linear`; else real rounding and AdamW, whose moments must survive as well."""
-    mesh = make_mesh(data, tensor, jax.devices()[: data * tensor])
+    mesh = make_mesh(data, tensor, devices=jax.devices()[: data * tensor])
     losses, params = (toys.linear_losses, toys.linear_params) if linear else (toys.tanh_losses, toys.tanh_params)
     return Toy(mesh, *pair.toy_problem(mesh, losses, params(), optax.sgd(1.0) if linear else optax.adamw(1e-2)))
 

@@ -37,7 +37,7 @@ def target(job: Job) -> list[np.ndarray]:
     if jax.device_count() < job.ranks:
         raise Unsupported(f"{job.ranks} devices are needed, this machine shows {jax.device_count()}")
     step = _compiled(job.learning_rates, job.clip_norm)
-    mesh = make_mesh(job.ranks, 1, jax.devices()[: job.ranks])
+    mesh = make_mesh(job.ranks, 1, devices=jax.devices()[: job.ranks])
     theta = jnp.asarray(job.parameters).astype(job.parameter_dtype)
     stats = {"loss/linear": SumCount(total=jnp.zeros(()), count=jnp.zeros(()))}
     state = init_state(

@@ -1,0 +1,81 @@
+"""The mesh that a config asks for: its sizes, its two tables, and whether everything divides over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from hptjax.config import Config, RuleConfig
+from hptjax.config_batch import mesh_sizes
+from hptjax.sharding.mesh import make_mesh
+from hptjax.sharding.rules import Rules, axes_that_divide, make_rules, parts
+
+
+def build_mesh(config: Config, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of the config, on these devices or the first of all."""
+    mesh = config.mesh
+    return make_mesh(
+        mesh.data, mesh.tensor, replica=mesh.replica, fsdp=mesh.fsdp, sequence=mesh.sequence, devices=devices
+    )
+
+
+def training_rules(config: Config) -> Rules:
+    """The table that batches, parameters, sums and moments follow."""
+    return make_rules(config.mesh.rules, _lines(config.mesh.axes))
+
+
+def rollout_rules(config: Config) -> Rules:
+    """The table that rollouts follow: weights while they sample, slots, and the KV cache.
+
+    The time axis is never cut there, because prompts come in buckets and tokens one at a time.
+    """
+    if config.mesh.rollout_rules is None:
+        lines = {**_lines(config.mesh.axes), **_lines(config.mesh.rollout_axes)}
+        rules = make_rules(config.mesh.rules, lines)
+    else:
+        rules = make_rules(config.mesh.rollout_rules, _lines(config.mesh.rollout_axes))
+    return {**rules, "time": ()}
+
+
+def _lines(rules: Sequence[RuleConfig]) -> dict[str, tuple[str, ...]]:
+    return {rule.axis: rule.over for rule in rules}
+
+
+def check_mesh(config: Config) -> None:
+    """Raises ValueError where something does not divide over the mesh: the numbers that clash, and what would work."""
+    sizes = mesh_sizes(config)
+    training, rollout = training_rules(config), rollout_rules(config)
+    for name, size, logical, rules in (
+        ("batch.rows", config.batch.rows, "batch", training),
+        ("batch.row_tokens", config.batch.row_tokens, "time", training),
+        ("rollout.slots", config.rollout.slots, "batch", rollout),
+        ("rollout.prefill_rows", config.rollout.prefill_rows, "batch", rollout),
+    ):
+        cut = [f"mesh.{axis} ({sizes[axis]})" for axis in rules[logical] if sizes[axis] > 1]
+        if size % parts(sizes, logical, rules):
+            near = _nearest_multiples(size, parts(sizes, logical, rules))
+            raise ValueError(
+                f"expected {name} to be a multiple of {' x '.join(cut)}, got {size}; change {name} (to {near}) or "
+                f"{' or '.join(axis.split()[0] for axis in cut)}."
+            )
+    if config.model.path is not None:
+        return  # the folder's own sizes are checked when they are known
+    shape = config.model.shape
+    for rules in (training, rollout):
+        for name, size, logical in (
+            ("num_heads", shape.num_heads, "heads"),
+            ("num_kv_heads", shape.num_kv_heads, "kv_heads"),
+            ("mlp_size", shape.mlp_size, "mlp"),
+            ("hidden_size", shape.hidden_size, "embed"),
+        ):
+            try:
+                axes_that_divide(logical, size, rules[logical], sizes)
+            except ValueError as clash:
+                raise ValueError(f"model.shape.{name}: {clash}.") from None
+
+
+def _nearest_multiples(size: int, factor: int) -> str:
+    below = size // factor * factor
+    return " or ".join(str(multiple) for multiple in (below, below + factor) if multiple)
