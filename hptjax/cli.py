@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, TypeVar
 
@@ -17,11 +16,10 @@ from hptjax.config import Config
 from hptjax.config_check import check
 from hptjax.config_load import read_file
 from hptjax.config_text import command_line
+from hptjax.errors import BAD_INPUT, INPUT_ERRORS, INTERRUPTED, exit_status, raised_here
 
 T = TypeVar("T")
-BAD_INPUT, INTERRUPTED = 2, 130
 KEEPS_CHECKPOINTS = ("train", "compare")  # an interrupted one goes on where it was
-PACKAGE = pathlib.Path(__file__).resolve().parent
 ConfigFields = Annotated[Config, tyro.conf.arg(name="")]  # the fields keep the names they have in the file
 Checkpoint = Literal["base", "last", "best"]
 
@@ -120,7 +118,23 @@ class CompareOptions:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 1 found wanting, 2 bad input, 130 interrupted."""
-    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+    try:
+        status = run(list(sys.argv[1:] if arguments is None else arguments))
+    except Exception as error:
+        if not _one_of_several():
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = exit_status(error)
+    if status and _one_of_several():
+        from hptjax.sharding.watchdog import leave
+
+        leave(status)
+    sys.exit(status)
+
+
+def _one_of_several() -> bool:
+    """Whether this process has joined others; jax is not loaded to find out."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def run(arguments: list[str]) -> int:
@@ -141,17 +155,11 @@ def run(arguments: list[str]) -> int:
         again = "; the same command continues from the last checkpoint" if command in KEEPS_CHECKPOINTS else ""
         print(f"hptjax: interrupted{again}.", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+    except INPUT_ERRORS as error:
         if os.environ.get("HPTJAX_TRACEBACK") == "1" or not raised_here(error):
             raise
         print(f"hptjax {command}: {error}", file=sys.stderr)
-        return BAD_INPUT
-
-
-def raised_here(error: BaseException) -> bool:
-    """Whether the error was raised by hptjax itself: its message then names the field, and a traceback adds nothing."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and PACKAGE in pathlib.Path(frames[-1][0].f_code.co_filename).resolve().parents
+        return exit_status(error)
 
 
 def command_train(arguments: list[str]) -> int:

@@ -247,6 +247,17 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that train one model together, usually one per host; each is started with the same config."""
+
+    mode: Literal["none", "auto", "slurm", "tpu", "explicit"] = "none"  # how they find each other
+    coordinator: str | None = None  # host:port of process 0, for "explicit"
+    processes: int | None = None  # how many, for "explicit"
+    process: int | None = None  # which of them this is, from 0, for "explicit"
+    timeout_s: float = 300.0  # a process that is waited for longer ends the run, by name
+
+
+@dataclasses.dataclass(frozen=True)
 class TelemetryConfig:
     """Where metrics go beside metrics.jsonl, which is always written."""
 
@@ -277,13 +288,14 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     telemetry: TelemetryConfig = dataclasses.field(default_factory=TelemetryConfig)
 
 
 # A run folder may be opened again with these changed. None of them reaches a number that the run computes, but for the
-# mesh: after a move to other devices counts stay exact, summed gradients agree within rounding (accumulation spec 3.6)
-# and not to the bit, and a token sampled near a tie may differ.
-MAY_CHANGE = ("telemetry.", "runs_dir", "train.log_every", "mesh.")
+# mesh and the processes: after a move to other devices counts stay exact, summed gradients agree within rounding
+# (accumulation spec 3.6) and not to the bit, and a token sampled near a tie may differ.
+MAY_CHANGE = ("telemetry.", "runs_dir", "train.log_every", "mesh.", "distributed.")
 
 
 def resolved(config: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "hptjax"
 RUNGS = {
-    0: {"records", "types"},
+    0: {"errors", "records", "types"},
     1: {"masked"},
     2: {"losses", "models", "sharding", "data", "rewards", "tasks", "diagnostics"},
     3: {"hpt", "rollout"},

@@ -264,18 +264,13 @@ def test_agree_carries_bytes_exactly_between_processes(monkeypatch):
     """Two processes faked: the other one's bytes are given; 64-bit values survive."""
     other = {"stop": True, "count": 2**40 + 1, "rate": 1 / 3, "gate": np.array([4, 5], np.int64)}
     own = {"stop": False, "count": 7, "rate": 0.5, "gate": np.array([6, 7], np.int64)}
-    mine = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(own)]
-    theirs = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(other)]
-
-    def gather(sent):
-        place = mine.index(sent.tobytes())
-        return np.stack([np.frombuffer(theirs[place], np.uint8), sent])  # the other one is process 0
-
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(agreeing.multihost_utils, "process_allgather", gather)
+    theirs = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(other))
+    monkeypatch.setattr(agreeing, "several", lambda: True)
+    monkeypatch.setattr(agreeing, "gather", lambda sent, what: [theirs, sent])  # the other one is process 0
     agreed = agree(own)
     assert agreed["stop"] is True
     assert (agreed["count"], agreed["rate"], agreed["gate"].tolist()) == (2**40 + 1, 1 / 3, [4, 5])
+    monkeypatch.setattr(agreeing, "gather", lambda sent, what: [b"\x01", sent])
     assert agree({"stop": False}, anyone)["stop"] is True
 
 

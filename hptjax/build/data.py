@@ -16,6 +16,7 @@ from hptjax.data.split import split_by_canonical
 from hptjax.records import Example, Judge, MakeRequests, Question, Request, Sample, SampleId, Verdict
 from hptjax.rewards.combine import combine
 from hptjax.rewards.pool import RewardPool
+from hptjax.sharding.agree import in_shares
 from hptjax.tasks.countdown import countdown
 from hptjax.tasks.task import Task
 
@@ -82,7 +83,18 @@ def build_questions(config: Config, task: Task, tokenizer: Any, pool: RewardPool
 
     The demonstrations of a corpus that is corrupt on purpose (`task.corrupt`) are taken as they are.
     """
-    verified = functools.partial(pool.judge, task.verify)
+    verify = functools.partial(pool.judge, task.verify)
+
+    def verified(completions: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        """Every process verifies its share of the demonstrations."""
+        return in_shares(
+            list(zip(completions, answers, strict=True)),
+            lambda own: verify([completion for completion, _ in own], [answer for _, answer in own]),
+            "verifying demonstrations",
+            encode=lambda verdict: [verdict.reward, verdict.solved, verdict.reason],
+            decode=lambda _, said: Verdict(*said),
+        )
+
     prepared: dict[str, list[Question]] = {}
     dropped: dict[str, dict[str, int]] = {}
     for name, examples in build_examples(config, task).items():

@@ -26,6 +26,7 @@ from hptjax.losses.reducers import token_mean
 from hptjax.records import Judge, Question, Source
 from hptjax.rundir import write_json
 from hptjax.sharding.mesh import put_micro_batch
+from hptjax.sharding.peers import is_first
 from hptjax.train.jsonl import open_jsonl
 from hptjax.types import MicroBatch, Params
 
@@ -89,9 +90,10 @@ def build_evaluator(config: Config, policy: Policy, questions: Questions, judge:
             row: dict[str, float] = {}
             for name in names:
                 result = run(params, splits[name])
-                write_counts(folder, name, step, result)
                 row |= eval_metrics(result, name)
-                if name == "validation":
+                if is_first():
+                    write_counts(folder, name, step, result)
+                if name == "validation" and is_first():
                     panel = splits[name][: config.train.panel_questions]
                     with open_jsonl(folder / "panel.jsonl") as file:
                         for line in panel_rows(result, panel, decode, step=step):

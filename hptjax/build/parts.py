@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from hptjax.build.data import Questions, build_judge, build_questions, build_tas
 from hptjax.build.evaluation import Evaluator, build_evaluator
 from hptjax.build.policy import Policy, build_policy
 from hptjax.config import Config, resolved
-from hptjax.records import Judge
+from hptjax.records import Judge, Question, Sample, Verdict
 from hptjax.rewards.pool import RewardPool
 from hptjax.rundir import compile_cache_folder
+from hptjax.sharding.agree import check_same, in_shares
+from hptjax.sharding.peers import several
 
 TRAIN_KEY, EVALUATION_KEY = 0, 1  # what the run's random key is split by
 DIGEST_BYTES = 1 << 20
@@ -43,10 +45,41 @@ def open_parts(config: Config) -> Iterator[Parts]:
     task = build_task(config.task)
     with RewardPool(workers=config.reward.workers, deadline_s=config.reward.deadline_s) as pool:
         questions = build_questions(config, task, policy.tokenizer, pool)
-        judge = build_judge(config, task, policy.tokenizer, pool)
+        if several():
+            _check_same_questions(questions)
+        judge = _judge_in_shares(build_judge(config, task, policy.tokenizer, pool))
         key = jax.random.key(config.seed)
         evaluator = build_evaluator(config, policy, questions, judge, jax.random.fold_in(key, EVALUATION_KEY))
         yield Parts(config, policy, questions, judge, evaluator, key)
+
+
+def _judge_in_shares(judge: Judge) -> Judge:
+    """The judge with the samples dealt to the processes: each asks its own workers about every n-th of them."""
+
+    def encode(result: tuple[Sample, list[Verdict]]) -> list[Any]:
+        sample, verdicts = result
+        return [sample.reward, sample.solved, [[v.reward, v.solved, v.reason] for v in verdicts]]
+
+    def decode(sample: Sample, said: list[Any]) -> tuple[Sample, list[Verdict]]:
+        reward, solved, verdicts = said
+        return dataclasses.replace(sample, reward=reward, solved=solved), [Verdict(*entry) for entry in verdicts]
+
+    def shared(samples: Sequence[Sample], questions: Mapping[int, Question]) -> list[tuple[Sample, list[Verdict]]]:
+        return in_shares(samples, lambda own: judge(own, questions), "judging samples", encode=encode, decode=decode)
+
+    return shared
+
+
+def _check_same_questions(questions: Questions) -> None:
+    """Raises ValueError where the processes have read different data."""
+    read = {
+        split: [
+            [q.question_id, q.example.canonical, q.prompt_tokens.tolist(), q.demonstration_tokens.tolist()]
+            for q in getattr(questions, split)
+        ]
+        for split in ("train", "validation", "test")
+    }
+    check_same(read, "the questions", "give every process the same data and tokenizer")
 
 
 def use_compile_cache() -> None:

@@ -19,17 +19,21 @@ from hptjax.build.stages import build_stages, stage_list
 from hptjax.build.summary import summarise, summary_table
 from hptjax.build.weights import export
 from hptjax.build.world import Saver, build_cadence, build_telemetry, build_world
-from hptjax.config import Config
+from hptjax.config import Config, resolved
 from hptjax.masked import mean
 from hptjax.records import Question
 from hptjax.rundir import held, open_run_folder, read_json, run_folder, write_json
+from hptjax.sharding.agree import check_same, from_first
+from hptjax.sharding.distributed import initialize
 from hptjax.sharding.host import to_host
+from hptjax.sharding.peers import is_first
+from hptjax.sharding.watchdog import shared_fate
 from hptjax.train.checkpoint import Checkpoints, open_checkpoints
 from hptjax.train.jsonl import open_jsonl, read_rows, truncate_after
 from hptjax.train.ledger import check_totals
 from hptjax.train.loop import Stopped, run
 from hptjax.train.stage import Progress, Stage, progress_from_host
-from hptjax.train.state import TrainState, check_after_resume
+from hptjax.train.state import Totals, check_after_resume
 
 
 def train(config: Config, *, quiet: bool = False) -> dict[str, Any]:
@@ -40,19 +44,37 @@ def train(config: Config, *, quiet: bool = False) -> dict[str, Any]:
     Raises ValueError for input that cannot be used (config, data, model, a run folder of another config or in use),
       AccumulationError when an update's evidence fails, SystemExit(0) after a clean stop on SIGTERM or Ctrl-C.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"expected one process, got {jax.process_count()}: the train step is tested on two, but data, rewards and "
-            "checkpoints of a run are not shared between processes yet; start one process per run (docs/scale.md)"
-        )
-    with held(run_folder(config)):
-        folder = open_run_folder(config)
-        summary = _summary_of_finished(config, folder)
+    chosen = config.distributed
+    initialize(
+        chosen.mode,
+        coordinator=chosen.coordinator,
+        processes=chosen.processes,
+        process=chosen.process,
+        timeout_s=chosen.timeout_s,
+    )
+    with shared_fate(chosen.timeout_s):
+        return _train_together(config, quiet=quiet or not is_first())
+
+
+def _train_together(config: Config, *, quiet: bool) -> dict[str, Any]:
+    """`train` in every process of the run; the first alone holds and writes the run folder, but for the checkpoints."""
+    asked = {name: value for name, value in resolved(config).items() if name != "distributed"}
+    check_same(asked, "the config", "start every process with the same file and options")
+    folder = run_folder(config)
+    with contextlib.ExitStack() as holding:
+
+        def open_folder() -> dict[str, Any] | None:
+            holding.enter_context(held(folder))
+            open_run_folder(config)
+            return _summary_of_finished(config, folder)
+
+        summary = from_first(open_folder, "opening the run folder")
         if summary is not None:
             if not quiet:
                 print(f"{folder} is finished; nothing was run again.\n{summary_table(summary)}")
             return summary
         with open_parts(config) as parts, stop_signals() as should_stop:
+            check_same(fingerprint(parts), "the model folder and tokenizer", "give every process the same files")
             summary = _train(parts, folder, should_stop, quiet=quiet)
     if not quiet:
         print(summary_table(summary))
@@ -86,15 +108,22 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
         def seconds() -> float:
             return seconds_before + time.monotonic() - began
 
-        _drop_unsaved_rows(folder, progress)
-        _check_ledger(folder, state, progress)
+        totals = to_host(state.totals)
+
+        def take_up_files() -> None:
+            _drop_unsaved_rows(folder, progress)
+            _check_ledger(folder, totals, progress)
+
+        from_first(take_up_files, "taking up the run folder's files")
         with contextlib.ExitStack() as files:
             telemetry = build_telemetry(config, folder, stages, progress, files, quiet=quiet)
             if not quiet:
                 telemetry.say(opening_line(parts, folder, stages, progress))
             _warn_of_truncation(config, stages, telemetry.say)
-            ledger = files.enter_context(open_jsonl(folder / "ledger.jsonl"))
-            write_json(folder / "data.json", _data_record(parts))
+            write_ledger = _nowhere
+            if is_first():
+                write_ledger = files.enter_context(open_jsonl(folder / "ledger.jsonl")).write
+                write_json(folder / "data.json", _data_record(parts))
             saver = Saver(checkpoints, telemetry.say, seconds)
             world = build_world(
                 parts,
@@ -102,7 +131,7 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
                 stages,
                 questions,
                 telemetry=telemetry,
-                ledger=ledger.write,
+                ledger=write_ledger,
                 save=saver,
                 should_stop=should_stop,
             )
@@ -112,13 +141,23 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
                 kept = "and saved at" if saver.saved else "without a checkpoint of"
                 telemetry.say(f"stopped {kept} step {progress.step}; the same command continues")
                 raise SystemExit(0) from None
-        _check_ledger(folder, state, progress)
-        if config.checkpoint.export_folder is not None:
-            export(parts, state.params["policy"], Path(config.checkpoint.export_folder))
-        _draw(config, folder, stages)
-        summary = summarise(folder, seconds=seconds(), ks=config.eval.ks)
-    write_json(folder / "summary.json", summary)
-    return summary
+        totals = to_host(state.totals)
+        exported = to_host(state.params["policy"]) if config.checkpoint.export_folder is not None else None
+
+        def sum_up() -> dict[str, Any]:
+            _check_ledger(folder, totals, progress)
+            if config.checkpoint.export_folder is not None:
+                export(parts, exported, Path(config.checkpoint.export_folder))
+            _draw(config, folder, stages)
+            summary = summarise(folder, seconds=seconds(), ks=config.eval.ks)
+            write_json(folder / "summary.json", summary)
+            return summary
+
+        return from_first(sum_up, "summing up the run")
+
+
+def _nowhere(row: Mapping[str, Any]) -> None:
+    """Where the rows of a process go that writes no files."""
 
 
 def _start_or_resume(
@@ -158,10 +197,10 @@ def _drop_unsaved_rows(folder: Path, progress: Progress) -> None:
         truncate_after(folder / name, last)
 
 
-def _check_ledger(folder: Path, state: TrainState, progress: Progress) -> None:
+def _check_ledger(folder: Path, totals: Totals, progress: Progress) -> None:
     """Raises AccumulationError where the ledger's rows do not add up to what the state has counted."""
     under_way = progress.open_step.ledger_rows if progress.open_step is not None else []
-    check_totals([*read_rows(folder / "ledger.jsonl"), *under_way], to_host(state.totals))
+    check_totals([*read_rows(folder / "ledger.jsonl"), *under_way], totals)
 
 
 def opening_line(parts: Parts, folder: Path, stages: Sequence[Stage], progress: Progress) -> str:
@@ -178,7 +217,8 @@ def opening_line(parts: Parts, folder: Path, stages: Sequence[Stage], progress: 
     return "\n".join(
         [
             f"{folder}: {plan}, from step {progress.step}; {record['parameters']:,} parameters on "
-            f"{parts.policy.mesh.size} {jax.default_backend()} device(s)",
+            f"{parts.policy.mesh.size} {jax.default_backend()} device(s)"
+            + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
             f"questions: {sizes}" + (f"; dropped: {', '.join(dropped)}" if dropped else ""),
         ]
     )

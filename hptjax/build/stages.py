@@ -86,13 +86,8 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
     return Stage(
         name=stage.method,
         steps=stage.steps,
-        stream=QuestionStream(
-            train,
-            questions_per_step=questions,
-            seed=config.seed + index * STAGE_SEED_STRIDE,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
+        # every process sees all questions of a step: together they run one program on them
+        stream=QuestionStream(train, questions_per_step=questions, seed=config.seed + index * STAGE_SEED_STRIDE),
         first_round=index * ROUNDS_PER_STAGE,
         threshold=recipe.threshold,
         group_size=config.rollout.group_size,

@@ -9,7 +9,6 @@ from hptjax.build.parts import Parts, fingerprint
 from hptjax.build.stages import build_stages
 from hptjax.models.folder import save_folder
 from hptjax.rundir import run_folder
-from hptjax.sharding.host import to_host
 from hptjax.train.checkpoint import open_checkpoints
 
 
@@ -43,6 +42,6 @@ def load_weights(parts: Parts, checkpoint: str) -> Any:
 
 
 def export(parts: Parts, params: Any, folder: Path) -> None:
-    """The model as a Hugging Face folder: config.json, safetensors in bf16, tokenizer."""
-    save_folder(folder, parts.policy.config, to_host(params), dtype="bfloat16")
+    """Writes the model, given as host arrays, as a Hugging Face folder: config.json, safetensors in bf16, tokenizer."""
+    save_folder(folder, parts.policy.config, params, dtype="bfloat16")
     parts.policy.tokenizer.save_pretrained(str(folder))

@@ -19,6 +19,7 @@ from hptjax.records import Objective, Question
 from hptjax.sharding.agree import agree, anyone
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import put_micro_batch
+from hptjax.sharding.peers import is_first, several
 from hptjax.sharding.rules import replicated
 from hptjax.train.checkpoint import CheckpointFailed, Checkpoints
 from hptjax.train.jsonl import open_jsonl
@@ -59,6 +60,8 @@ class Saver:
                 self.saved = True
                 return
             except CheckpointFailed as failure:
+                if several():  # the others wait in the same save: all end, and start again from the last good one
+                    raise
                 self.saved = False
                 self.say(f"warning: {failure}; the run goes on")
 
@@ -93,7 +96,7 @@ def build_world(
         log_rollouts=_rollout_log(parts, folder),
         evaluate=parts.evaluator.during_training(folder, sum(stage.steps for stage in stages)),
         save=save,
-        should_stop=lambda: agree(should_stop(), anyone),
+        should_stop=lambda: agree(should_stop(), anyone, what="asking whether to stop"),
     )
 
 
@@ -117,7 +120,12 @@ def build_telemetry(
     *,
     quiet: bool,
 ) -> Telemetry:
-    """metrics.jsonl and the chosen sinks; they end with `files`, and the screen stays empty where `quiet`."""
+    """metrics.jsonl and the chosen sinks; they end with `files`, and the screen stays empty where `quiet`.
+
+    Of several processes the first one alone writes and speaks.
+    """
+    if not is_first():
+        return Telemetry(write=lambda step, metrics: None, say=lambda text: None, close=lambda: None)
     metrics = files.enter_context(open_jsonl(folder / "metrics.jsonl"))
     console = Console(stderr=True)  # one for all, or a warning would break the progress line
     sinks = []
@@ -160,7 +168,7 @@ def _rollout_log(parts: Parts, folder: Path) -> Callable[[OpenStep, Gated], None
     every = parts.config.train.rollouts_every
 
     def log(step: OpenStep, gated: Gated) -> None:
-        if not every or step.step % every or not step.samples:
+        if not every or step.step % every or not step.samples or not is_first():
             return
         decisions = {
             question.question_id: (question.example, Objective(objective).name, int(solved))

@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from hptjax.sharding.host import finished
 from hptjax.sharding.rules import (
     AXES,
     DATA,
@@ -119,6 +120,6 @@ def one_at_a_time(mesh: Mesh, program: Callable[P, R]) -> Callable[P, R]:
         return program
 
     def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
-        return jax.block_until_ready(program(*args, **kwargs))
+        return finished(program(*args, **kwargs))
 
     return waiting

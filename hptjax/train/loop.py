@@ -15,6 +15,8 @@ from contextlib import contextmanager
 
 from hptjax.diagnostics.metrics import merge
 from hptjax.hpt.assemble import Update
+from hptjax.sharding.agree import check_same
+from hptjax.sharding.peers import phase
 from hptjax.train.ledger import AccumulationError, check, ledger_row
 from hptjax.train.open_step import OpenStep
 from hptjax.train.phases import assemble_updates, gate_step, judge_rollouts, roll_out
@@ -65,6 +67,7 @@ def _due(every: int, step: int) -> bool:
 
 
 def _save(stage: Stage, state: TrainState, progress: Progress, world: World, *, wait: bool = False) -> None:
+    phase("checkpoint")
     host, arrays = progress_to_host(progress, stage.stream.get_state())
     world.save(progress.step, state, host, arrays, metric=progress.last_metric, wait=wait)
     progress.last_metric = None
@@ -82,6 +85,7 @@ def _evaluate(state: TrainState, progress: Progress, world: World, cadence: Cade
 
     It comes before the save of the same step, so that a resumed run never evaluates a step twice.
     """
+    phase("evaluation")
     row = world.evaluate(progress.step, state.params["policy"])
     progress.last_metric = row.get(cadence.metric)
     progress.evaluated = progress.step
@@ -90,6 +94,7 @@ def _evaluate(state: TrainState, progress: Progress, world: World, cadence: Cade
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    phase(name)
     start = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
@@ -123,6 +128,8 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
         updates = assemble_updates(
             gated, updates=stage.updates_per_step, mask_overlong=stage.mask_overlong, assemble=stage.assemble
         )
+        plan = [[update.digest.tolist(), update.planned_tokens.tolist()] for update in updates]
+        check_same([step.step, plan], "the plan of the updates", "keep the run folder and report it")
     known = rollout_metrics(step, gated, updates, group_size=stage.group_size, reward_names=world.reward_names)
     rows = [known, {"train/stage": progress.stage}]
     batches = [[world.put(micro_batch) for micro_batch in update.micro_batches] for update in updates]
