@@ -233,13 +233,14 @@ class RuleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis (their product is used), and what is cut over which."""
+    """Devices along each axis, and what is cut over which. The product is the number of devices, or 1: the first."""
 
     replica: int = 1  # slices of a multi-slice pod; only gradients travel between them
     data: int = 1  # parts of a batch's rows
     fsdp: int = 1  # parts of rows, and of weights, sums and moments
     sequence: int = 1  # parts of a row's time axis, for long responses
     tensor: int = 1  # parts of heads, mlp and vocabulary
+    devices: int | None = None  # how many of the devices are used, the first ones; None: all, or one where all is 1
     rules: Literal["fsdp", "replicated", "decode"] = "fsdp"  # the table of training, see sharding/rules.py
     axes: Annotated[tuple[RuleConfig, ...], struct_list(RuleConfig)] = ()  # lines that replace those of the table
     rollout_rules: Literal["fsdp", "replicated", "decode"] | None = None  # None: as in training, `axes` included

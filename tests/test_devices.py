@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from hptjax.build.mesh import check_mesh
+from hptjax.build.mesh import build_mesh, check_mesh
 from hptjax.build.policy import build_policy
 from hptjax.build.stages import build_stages
 from hptjax.config import MeshConfig, ShapeConfig
@@ -322,3 +322,21 @@ def test_build_names_what_a_mesh_cannot_hold(folder, eight_devices):
     rows = dataclasses.replace(whole, **rows)
     with pytest.raises(ValueError, match=r"'batch' of size 6 .* change mesh\.data"):
         put_micro_batch(policy.mesh, rows)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        (MeshConfig(data=4), ["mesh of 8 devices", "mesh.data 4, which is 4", "mesh.data 8", "mesh.devices 4"]),
+        (MeshConfig(data=3, tensor=2), ["mesh.data 3 x mesh.tensor 2, which is 6", "mesh.devices 6"]),
+        (MeshConfig(data=4, tensor=4), ["which is 16", "mesh.data 2", "mesh.tensor 2", "16 devices"]),
+        (MeshConfig(data=2, devices=4), ["mesh of 4 devices", "which is 2", "mesh.data 4"]),
+        (MeshConfig(devices=9), ["mesh.devices in 1..8", "got 9"]),
+    ],
+)
+def test_mesh_that_is_not_the_devices_says_what_would_work(folder, mesh, words, eight_devices):
+    with pytest.raises(ValueError) as caught:
+        build_mesh(config_of(folder, mesh), eight_devices)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert build_mesh(config_of(folder, ONE), eight_devices).size == 1
+    assert build_mesh(config_of(folder, MeshConfig(data=2, devices=2)), eight_devices).size == 2

@@ -15,9 +15,11 @@ from hptjax.config_batch import MESH_AXES
 from hptjax.models.decoder import Cache, cache_axes, decode_step, forward, logical_axes, param_shapes, prefill
 from hptjax.models.shape import DecoderConfig
 from hptjax.sharding import agree as agreeing
+from hptjax.sharding import reshard as resharding
 from hptjax.sharding.agree import agree, anyone
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import REPLICATED_FIELDS, make_mesh, put_micro_batch, put_rows
+from hptjax.sharding.reshard import make_reshard
 from hptjax.sharding.rules import (
     AXES,
     PRESETS,
@@ -280,3 +282,28 @@ def test_to_host_reads_a_sharded_tree(eight_devices):
     read = to_host(put_rows(mesh, tree))
     assert type(read["rows"]) is np.ndarray
     assert np.array_equal(read["rows"], tree["rows"])
+
+
+def test_mesh_reshard_moves_every_word_and_refuses_a_changed_one(eight_devices, monkeypatch):
+    mesh = make_mesh(2, 2, fsdp=2, devices=eight_devices)
+    axes, shapes = logical_axes(CONFIG), param_shapes(CONFIG)
+    source, target = (named_shardings(mesh, axes, shapes, make_rules(name)) for name in ("fsdp", "decode"))
+    params = shard_tree(single_device()[0], source)
+
+    def narrow(tree):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
+
+    copy = make_reshard(target, narrow)(params)
+    assert jax.tree.map(lambda leaf: leaf.sharding, copy) == target
+    jax.tree.map(np.testing.assert_array_equal, to_host(copy), to_host(narrow(params)))
+    assert not params["embedding"].is_deleted()  # training goes on from them
+
+    real, seen = resharding.to_host, []
+
+    def one_word_lost(tree):
+        seen.append(None)
+        return jax.tree.map(lambda leaf: leaf + np.uint32(len(seen) == 2), real(tree))
+
+    monkeypatch.setattr(resharding, "to_host", one_word_lost)
+    with pytest.raises(RuntimeError, match=r"other sums in .*layers/query.*mesh\.rollout_rules"):
+        make_reshard(target, narrow)(params)

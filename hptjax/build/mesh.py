@@ -8,17 +8,45 @@ from typing import Any
 import jax
 
 from hptjax.config import Config, RuleConfig
-from hptjax.config_batch import mesh_sizes
+from hptjax.config_batch import mesh_devices, mesh_sizes, mesh_words
 from hptjax.sharding.mesh import make_mesh
 from hptjax.sharding.rules import Rules, axes_that_divide, make_rules, parts
 
 
 def build_mesh(config: Config, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of the config, on these devices or the first of all."""
-    mesh = config.mesh
+    """The mesh of the config, on these devices or on all there are.
+
+    Raises ValueError where the product of the mesh is not their number, or `mesh.devices`. A mesh of one device takes
+    the first of several, unless several processes must share it.
+    """
+    mesh, wanted = config.mesh, mesh_devices(config)
+    available = list(jax.devices() if devices is None else devices)
+    used = len(available) if mesh.devices is None else mesh.devices
+    alone = wanted == 1 and mesh.devices is None and len({device.process_index for device in available}) == 1
+    if not 1 <= used <= len(available):
+        raise ValueError(f"expected mesh.devices in 1..{len(available)}, the devices there are, got {mesh.devices}")
+    if wanted != used and not alone:
+        works = [f"mesh.{axis} {size}" for axis, size in _sizes_that_fit(config, used).items()]
+        works.append(f"mesh.devices {wanted}" if wanted <= len(available) else f"{wanted} devices")
+        raise ValueError(
+            f"expected a mesh of {used} devices, got {mesh_words(config)}, which is {wanted}; what would work: "
+            f"{' or '.join(works)}"
+        )
     return make_mesh(
-        mesh.data, mesh.tensor, replica=mesh.replica, fsdp=mesh.fsdp, sequence=mesh.sequence, devices=devices
+        mesh.data,
+        mesh.tensor,
+        replica=mesh.replica,
+        fsdp=mesh.fsdp,
+        sequence=mesh.sequence,
+        devices=available[:wanted],
     )
+
+
+def _sizes_that_fit(config: Config, devices: int) -> dict[str, int]:
+    """The size of each axis with which the others of this mesh make up the devices, where there is one."""
+    sizes, product = mesh_sizes(config), mesh_devices(config)
+    fits = {axis: devices * sizes[axis] // product for axis in ("data", "fsdp", "tensor")}
+    return {axis: size for axis, size in fits.items() if size * product == devices * sizes[axis] and size}
 
 
 def training_rules(config: Config) -> Rules:

@@ -105,7 +105,7 @@ def unmoved(stopped, tmp_path_factory):
 
 def test_t17_resume_on_another_mesh_goes_on_inside_the_window(stopped, unmoved, tmp_path, eight_devices):
     """From one device to two: nothing missing or twice, and the open window's update is the one-device update."""
-    config = taken_over(stopped, tmp_path, mesh=MeshConfig(data=2))
+    config = taken_over(stopped, tmp_path, mesh=MeshConfig(data=2, devices=2))
     assert [row["step"] for row in rows(config, "ledger.jsonl")] == [1]
     tiny.train(config)
     assert [row["step"] for row in rows(config, "metrics.jsonl") if "witness/ok" in row] == [1, 2, 3]

@@ -201,7 +201,7 @@ def configs(tmp_path_factory):
                 model=dataclasses.replace(config.model, shape=SHAPE),
                 rollout=dataclasses.replace(config.rollout, prefill_rows=8),
                 batch=dataclasses.replace(config.batch, rows=8),
-                mesh=MeshConfig(data=data, tensor=tensor),
+                mesh=MeshConfig(data=data, tensor=tensor, devices=data * tensor),
             )
             made[data, tensor] = (config, build_policy(config))
         return made[data, tensor]

@@ -124,7 +124,7 @@ def decoder_config(folder: Path, data: int, tensor: int) -> Config:
         model=dataclasses.replace(config.model, shape=SHAPE),
         rollout=dataclasses.replace(config.rollout, prefill_rows=8),
         batch=dataclasses.replace(config.batch, rows=8),
-        mesh=MeshConfig(data=data, tensor=tensor),
+        mesh=MeshConfig(data=data, tensor=tensor, devices=data * tensor),
     )
 
 
