@@ -271,6 +271,24 @@ def test_rollouts_on_eight_devices_are_the_one_device_rollouts(folder, mesh):
         np.testing.assert_allclose(sample.sampler_logprobs, one.sampler_logprobs, rtol=0, atol=1e-4)
 
 
+def rescored(folder, mesh):
+    """Log-probs of a recorded micro-batch by the score pass of a mesh."""
+    key = ("scores", mesh)
+    if key not in CACHE:
+        policy, stage = built(folder, mesh)
+        score = jax.jit(lambda params, micro_batch: policy.token_stats(False)(params, micro_batch).logprobs)
+        batch = put_micro_batch(policy.mesh, update_of(stage, 0).micro_batches[0], policy.rules)
+        CACHE[key] = to_host(score(policy.params, batch)), to_host(batch.completion_mask)
+    return CACHE[key]
+
+
+@on_eight
+def test_recorded_tokens_are_rescored_alike_on_every_mesh(folder, mesh):
+    (one, live), (many, _) = rescored(folder, ONE), rescored(folder, mesh)
+    assert live.sum() > 100 and np.ptp(one[live]) > 0.1
+    np.testing.assert_allclose(many[live], one[live], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("section", "fields", "names"),
     [
