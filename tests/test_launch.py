@@ -1,34 +1,174 @@
-"""The notebook runs from top to bottom, as a script and from any folder."""
+"""What `--dry-run` prints is what is run; what cannot work is refused before anything is rented."""
 
 from __future__ import annotations
 
-import os
+import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
-SMALL = (
-    "--train.steps 1 --train.eval_every 0 --train.probe_every 0 --data.train_questions 16 "
-    "--data.validation_questions 4 --model.remat false "
-    "--data.test_questions 4 --data.questions_per_step 4 --rollout.slots 16 --rollout.prefill_rows 4 --batch.rows 4 "
-    "--batch.max_micro_batches 16 --eval.questions 4 --eval.train_questions 0 --train.panel_questions 2 "
-    "--optimizer.warmup_steps 0 --telemetry.tensorboard false"
+import pytest
+
+import launch.steps
+from launch.__main__ import COMMANDS, HELP, run
+
+RECORDER = '''#!{python} -S
+"""Stands for a program: writes down how it was called; `describe` tells of a pod that comes at the second look."""
+import json, os, pathlib, sys
+log = pathlib.Path({log!r})
+name = pathlib.Path(sys.argv[0]).name
+reads = sys.stdin.read() if name in ("kubectl", "sbatch") else None
+entry = [name, sys.argv[1:], reads, os.environ.get("JAX_PLATFORMS") if name == "hptjax" else None]
+if name != "sleep":
+    with log.open("a") as file:
+        file.write(json.dumps(entry) + "\\n")
+if "describe" in sys.argv:
+    print("ACTIVE" if log.read_text().count("describe") > 1 else "WAITING_FOR_RESOURCES")
+sys.exit(9 if {failing!r} in sys.argv[1:] else 0)
+'''
+POD = (
+    "pod configs/quickstart.toml --project lab --zone us-west4-a --image us-docker.pkg.dev/lab/r/h:1 --nfs 10.0.0.2:/s"
 )
+GKE = "gke configs/quickstart.toml --project lab --cluster c --location us-west4 --image h:1 --claim shared"
+LAUNCHES = {
+    "laptop": "laptop configs/quickstart.toml -- --name 'it''s'",
+    "node": "node configs/quickstart.toml --gpus 4 -- --mesh.data 4",
+    "node in a container": "node configs/quickstart.toml --gpus 1 --image hptjax-gpu --shared /data",
+    "slurm": "slurm configs/quickstart.toml --nodes 2 --gpus-per-node 4 --partition a100 -- --mesh.data 8",
+    "pod": f"{POD} --spot --replace -- --mesh.data 16",
+    "pod of two slices": f"{POD} --topology v5e:2x4 --slices 2 --name two -- --mesh.data 8 --mesh.replica 2",
+    "pod that is there": f"{POD} --existing -- --mesh.data 16",
+    "gke": f"{GKE} -- --mesh.data 16 --name run-1",
+}
 
 
-def test_launch_notebook_trains_and_names_its_plot(repository, tmp_path):
-    environment = {**os.environ, "HPTJAX_OVERRIDES": f"{SMALL} --runs_dir {tmp_path / 'runs'}"}
-    done = subprocess.run(
-        [sys.executable, str(repository / "launch" / "notebook.py")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+@pytest.fixture(autouse=True)
+def in_repository(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """A function: how the stand-ins were called since it was last asked. `fail(word)`: calls with that word fail."""
+    log = tmp_path / "log"
+
+    def write(failing: str = "") -> None:
+        for name in ("hptjax", "docker", "gcloud", "kubectl", "sbatch", "sleep"):
+            path = tmp_path / name
+            path.write_text(RECORDER.format(python=sys.executable, log=str(log), failing=failing), encoding="utf-8")
+            path.chmod(0o755)
+
+    def since() -> list:
+        entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        log.unlink(missing_ok=True)
+        return entries
+
+    write()
+    since.fail = write
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(launch.steps.time, "sleep", lambda seconds: None)
+    return since
+
+
+@pytest.mark.parametrize("line", LAUNCHES.values(), ids=LAUNCHES.keys())
+def test_launch_dry_run_prints_exactly_what_is_run(recorded, capsys, line):
+    words = shlex.split(line)
+    assert run([words[0], "--dry-run", *words[1:]]) == 0
+    printed = capsys.readouterr().out
+    assert recorded() == []  # nothing was run
+    subprocess.run(["sh"], input=printed, text=True, check=True, cwd=Path.cwd())
+    by_script = recorded()
+    assert run(words) == 0
+    assert recorded() == by_script
+    assert by_script
+
+
+def test_launch_pod_asks_waits_starts_and_follows(recorded):
+    assert run(shlex.split(LAUNCHES["pod"])) == 0
+    calls = [arguments for name, arguments, *_ in recorded() if name == "gcloud"]
+    assert [call[3] for call in calls] == ["delete", "create", "describe", "describe", "ssh", "ssh"]
+    create = " ".join(calls[1])
+    assert "--accelerator-type v5litepod-16" in create
+    assert "--zone us-west4-a --project lab" in create
+    assert create.endswith("--node-id hptjax --spot --quiet")
+    everywhere, first = calls[4], calls[5]
+    assert everywhere[everywhere.index("--worker") + 1] == everywhere[everywhere.index("--node") + 1] == "all"
+    assert first[first.index("--worker") + 1] == first[first.index("--node") + 1] == "0"
+    remote = everywhere[-1]
+    assert remote.endswith(
+        "us-docker.pkg.dev/lab/r/h:1 python -m launch.until_done hptjax train configs/quickstart.toml "
+        "--distributed.mode tpu --runs_dir /shared/runs --mesh.data 16"
     )
-    assert done.returncode == 0, done.stderr
-    plot = tmp_path / "runs" / "notebook" / "plot.png"
-    assert done.stdout.rstrip().endswith(str(plot))
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "pass@1" in done.stdout
-    assert done.stdout.count("=") >= 4  # completions of a question, one per line
+    assert subprocess.run(["bash", "-n"], input=remote, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("failing", "calls"), [("create", 2), ("describe", 3), ("ssh", 5)])
+def test_launch_stops_at_the_first_step_that_fails(recorded, failing, calls):
+    recorded.fail(failing)
+    assert run(shlex.split(LAUNCHES["pod"])) == 9
+    assert len(recorded()) == calls
+
+
+def test_launch_pod_that_was_taken_away_is_not_waited_for(recorded, capsys, monkeypatch, tmp_path):
+    program = (tmp_path / "gcloud").read_text().replace("ACTIVE", "SUSPENDED")
+    (tmp_path / "gcloud").write_text(program)
+    assert run(shlex.split(LAUNCHES["pod"])) == 1
+    assert "says SUSPENDED" in capsys.readouterr().out
+    assert [arguments[3] for _, arguments, *_ in recorded()] == ["delete", "create", "describe", "describe"]
+
+
+def test_launch_gke_speaks_to_the_named_cluster(recorded):
+    assert run(shlex.split(LAUNCHES["gke"])) == 0
+    credentials, apply = recorded()
+    assert credentials[1] == shlex.split("container clusters get-credentials c --location us-west4 --project lab")
+    assert apply[1][:2] == ["--context", "gke_lab_us-west4_c"]
+    assert "kind: JobSet" in apply[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("fly configs/quickstart.toml", ["unknown command 'fly'", "gke"]),
+        ("laptop configs/absent.toml", ["no config file", "configs/quickstart.toml"]),
+        ("laptop configs/quickstart.toml -- --mesh.data 2", ["mesh of the 1 devices", "= 2"]),
+        ("node configs/quickstart.toml --gpus 8", ["the 8 devices", "= 1", "8"]),
+        ("node configs/quickstart.toml --gpus 0", ["at least 1 GPU", "--gpus"]),
+        ("node configs/quickstart.toml --gpus 1 --image h", ["absolute path", "--shared"]),
+        ("node configs/quickstart.toml --gpus 1 --shared /data", ["--image", "/data"]),
+        ("slurm configs/quickstart.toml --nodes 0", ["--nodes", "at least 1"]),
+        ("slurm configs/quickstart.toml --nodes 3 --gpus-per-node 1 -- --mesh.data 2", ["3 devices", "3 nodes"]),
+        ("pod configs/quickstart.toml", ["--project", "gcloud projects list", "--zone", "--image", "--nfs"]),
+        (f"{POD} --topology v5e:3x3", ["v5e:4x4", "v5e:3x3", "--topology"]),
+        (f"{POD} --topology v9:4x4", ["v5e, v5p, v6e", "v9:4x4"]),
+        (f"{POD} --accelerator-type v5litepod-32", ["v5litepod-16", "16 chips", "v5litepod-32"]),
+        (f"{POD} --name My_Pod -- --mesh.data 16", ["My_Pod", "--name"]),
+        (f"{POD} --replace --existing -- --mesh.data 16", ["--replace", "--existing"]),
+        (f"{POD} -- --mesh.data 8", ["16 devices of 1 x v5e:4x4", "= 8", "mesh.fsdp 2"]),
+        (f"{POD} --slices 2 -- --mesh.data 32 --batch.rows 32", ["mesh.replica", "2 slices"]),
+        (POD.replace("10.0.0.2:/s", "share"), ["SERVER:/PATH", "share"]),
+        (GKE.replace("--claim shared", ""), ["--claim", "ReadWriteMany"]),
+        (f"{GKE} --max-restarts -1", ["--max-restarts", "-1"]),
+        (f"{GKE} --topology v5e:2x4 --slices 2", ["several hosts", "v5e:2x4"]),
+    ],
+)
+def test_launch_refuses_what_cannot_work_and_says_what_would(recorded, capsys, line, said):
+    assert run(shlex.split(line)) == 2
+    error = capsys.readouterr().err
+    assert [words for words in said if words not in error] == []
+    assert recorded() == []
+
+
+def test_launch_refuses_a_bad_field_of_the_config(recorded, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(shlex.split("laptop configs/quickstart.toml -- --train.stepz 3"))
+    assert ended.value.code == 2
+    assert "stepz" in capsys.readouterr().err
+    assert recorded() == []
+
+
+def test_launch_help_lists_every_command(capsys):
+    assert run(["--help"]) == 0
+    assert capsys.readouterr().out == HELP
+    assert [command for command in COMMANDS if f"\n  {command} " not in HELP] == []

@@ -1,0 +1,1 @@
+"""How a run is started: laptop, GPU node, Slurm, TPU pod, GKE. `python -m launch` lists the commands."""

@@ -1,0 +1,77 @@
+"""The training command that every launcher starts, and what is checked before anything is rented."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+from hptjax.config_load import load_config
+
+SHARED = "/shared"  # the shared folder, as a container sees it: run folders, checkpoints, models
+GRACE_S = 120  # seconds between SIGTERM and SIGKILL where we may choose them: one micro-batch and one checkpoint
+
+
+def training(
+    config: str, overrides: Sequence[str], *, mode: str | None = None, runs_dir: str | None = None
+) -> tuple[str, ...]:
+    """The arguments of `hptjax train`. Mode: how its processes find each other; None: there is only one."""
+    placed = () if runs_dir is None else ("--runs_dir", runs_dir)
+    distributed = () if mode is None else ("--distributed.mode", mode)
+    return ("hptjax", "train", config, *distributed, *placed, *overrides)
+
+
+def in_container(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The command of a container: a run that was asked to stop does not count as finished."""
+    return ("python", "-m", "launch.until_done", *arguments)
+
+
+def check_config(path: str, overrides: Sequence[str], *, devices: int | None, where: str, slices: int = 1) -> None:
+    """Nothing, where `hptjax train` with these arguments would accept its config on that many devices.
+
+    Raises ValueError: fields that contradict each other, or a mesh that is not the machine.
+    """
+    config = load_config(path, overrides)
+    axes = {name: size for name, size in dataclasses.asdict(config.mesh).items() if isinstance(size, int)}
+    size = math.prod(axes.values())
+    if devices is None or size == devices:
+        if axes["replica"] % slices:
+            raise ValueError(
+                f"expected mesh.replica to be a multiple of the {slices} slices, got {axes['replica']}; the slow "
+                f"network between slices carries replicas only; add -- --mesh.replica {slices}"
+            )
+        return
+    product = " x ".join(f"{name} {count}" for name, count in axes.items())
+    others = size // axes["fsdp"]
+    remedy = f"--mesh.fsdp {devices // others}" if devices % others == 0 else "other mesh axes"
+    raise ValueError(
+        f"expected a mesh of the {devices} devices of {where}, got {product} = {size}; add -- {remedy}, or take "
+        "another machine"
+    )
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a name that Kubernetes or Compute Engine would refuse."""
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
+        raise ValueError(
+            f"expected a name of at most 40 lower-case letters, digits and '-' that starts with a letter, got "
+            f"'{name}'; change --name"
+        )
+
+
+def required(**given: str) -> None:
+    """Raises ValueError that names what is missing and where it is found."""
+    hints = {
+        "project": "the Google Cloud project that pays; `gcloud projects list` shows yours",
+        "zone": "where the TPUs are, such as us-central1-a",
+        "location": "the zone or region of the cluster; `gcloud container clusters list` shows it",
+        "cluster": "the GKE cluster with the TPU node pool; `gcloud container clusters list` shows yours",
+        "image": "the container made from launch/container/, such as us-docker.pkg.dev/PROJECT/REPOSITORY/hptjax:1",
+        "claim": "a ReadWriteMany volume claim: all hosts write one checkpoint together, and it outlives them",
+        "nfs": "SERVER:/PATH of a shared folder: all hosts write one checkpoint together, and it outlives them",
+    }
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        lines = "; ".join(f"--{name} is {hints[name]}" for name in missing)
+        raise ValueError(f"expected --{' and --'.join(missing)}: {lines}")
