@@ -19,7 +19,7 @@ from hptjax.models import decoder
 from hptjax.models.folder import load_folder
 from hptjax.models.shape import DecoderConfig
 from hptjax.rollout.engine import make_engine
-from hptjax.rollout.programs import RolloutShardings
+from hptjax.rollout.programs import DecodeStep, Prefill, RolloutShardings, Unembedding
 from hptjax.sharding.mesh import row_sharding
 from hptjax.sharding.reshard import make_reshard
 from hptjax.sharding.rules import Rules, make_constrain, named_shardings, replicated, shard_tree
@@ -46,6 +46,29 @@ class Policy:
     token_stats: Callable[[bool], TokenStatsFn]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Functions:
+    """The functions of a decoder on a mesh, and where their arrays live; no weights.
+
+    Args
+      rules: the table of training; shardings: of the parameters, by it. token_stats: want_entropy -> the model call of
+        the losses.
+      prefill, decode_step, unembedding: what `rollout.engine` asks of a policy. rollout_shardings: None on one device.
+      decode_shardings, decode_weights: layout of the weights while they sample, and what they become on the way there;
+        None where rollouts use the weights of training.
+    """
+
+    rules: Rules
+    shardings: Any
+    token_stats: Callable[[bool], TokenStatsFn]
+    prefill: Prefill
+    decode_step: DecodeStep
+    unembedding: Unembedding
+    rollout_shardings: RolloutShardings | None
+    decode_shardings: Any
+    decode_weights: Callable[[Params], Params] | None
+
+
 def build_policy(config: Config) -> Policy:
     """Loads or makes the model that the config names, puts it on its mesh, and makes its functions."""
     check_mesh(config)
@@ -61,10 +84,32 @@ def build_policy(config: Config) -> Policy:
             f"{len(tokenizer)}; change model.tokenizer or model.path"
         )
     mesh = build_mesh(config)
+    model = build_functions(config, shape, mesh)
+    params = shard_tree(params, model.shardings)
+    rollout = config.rollout
+    sample = make_engine(
+        prefill=model.prefill,
+        decode_step=model.decode_step,
+        unembedding=model.unembedding,
+        vocab_size=shape.vocab_size,
+        slots=rollout.slots,
+        prompt_buckets=rollout.prompt_buckets,
+        cache_capacity=rollout.cache_capacity,
+        tokens_per_call=rollout.tokens_per_call,
+        pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        prefill_rows=rollout.prefill_rows,
+        shardings=model.rollout_shardings,
+    )
+    if model.decode_weights is not None:
+        sample = _on_a_copy(sample, make_reshard(model.decode_shardings, model.decode_weights))
+    return Policy(shape, params, model.shardings, mesh, model.rules, tokenizer, sample, model.token_stats)
+
+
+def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mesh) -> Functions:
+    """What a decoder of this shape does on this mesh, without weights: `hptjax plan` compiles the same functions."""
     rules = training_rules(config)
     axes, shapes = decoder.logical_axes(shape), decoder.param_shapes(shape)
     shardings = named_shardings(mesh, axes, shapes, rules)
-    params = shard_tree(params, shardings)
     constrain = make_constrain(mesh, rules)
     dtype = jnp.dtype(config.model.compute_dtype)
 
@@ -95,7 +140,11 @@ def build_policy(config: Config) -> Policy:
     rollout = config.rollout
     decode_rules = rollout_rules(config)
     constrain_rollout = make_constrain(mesh, decode_rules)
-    sample = make_engine(
+    decode_shardings = named_shardings(mesh, axes, shapes, decode_rules)
+    return Functions(
+        rules=rules,
+        shardings=shardings,
+        token_stats=token_stats,
         prefill=partial(
             decoder.prefill,
             config=shape,
@@ -105,21 +154,12 @@ def build_policy(config: Config) -> Policy:
         ),
         decode_step=partial(decoder.decode_step, config=shape, compute_dtype=dtype, constrain=constrain_rollout),
         unembedding=lambda params: decoder.unembedding(params, shape).astype(dtype),
-        vocab_size=shape.vocab_size,
-        slots=rollout.slots,
-        prompt_buckets=rollout.prompt_buckets,
-        cache_capacity=rollout.cache_capacity,
-        tokens_per_call=rollout.tokens_per_call,
-        pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        prefill_rows=rollout.prefill_rows,
-        shardings=_rollout_shardings(mesh, decode_rules, shape, rollout.slots, rollout.cache_capacity)
+        rollout_shardings=_rollout_shardings(mesh, decode_rules, shape, rollout.slots, rollout.cache_capacity)
         if mesh.size > 1
         else None,
+        decode_shardings=decode_shardings,
+        decode_weights=None if decode_shardings == shardings else partial(_decode_weights, dtype=dtype),
     )
-    decode_shardings = named_shardings(mesh, axes, shapes, decode_rules)
-    if decode_shardings != shardings:
-        sample = _on_a_copy(sample, make_reshard(decode_shardings, partial(_decode_weights, dtype=dtype)))
-    return Policy(shape, params, shardings, mesh, rules, tokenizer, sample, token_stats)
 
 
 def _on_a_copy(sample: Callable[..., Any], reshard: Callable[[Params], Params]) -> Callable[..., Any]:

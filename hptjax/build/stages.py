@@ -22,12 +22,12 @@ from hptjax.data.tokenizer import stop_ids
 from hptjax.hpt.assemble import Update, assemble
 from hptjax.records import Question, Sample, SampleId
 from hptjax.sharding.host import to_host
-from hptjax.sharding.mesh import one_at_a_time, put_micro_batch
+from hptjax.sharding.mesh import one_at_a_time
 from hptjax.sharding.rules import replicated
-from hptjax.train.objective import make_losses
+from hptjax.train.objective import TokenStatsFn, make_losses
 from hptjax.train.optimizer import make_optimizer, make_schedule
 from hptjax.train.stage import Stage
-from hptjax.train.state import TrainState, init_state, jit_step, placed, state_shardings
+from hptjax.train.state import MicroStep, TrainState, init_state, jit_step, placed, state_shardings
 from hptjax.train.step import Losses, make_micro_step, make_named_gradients
 from hptjax.types import MicroBatch, Params
 
@@ -45,43 +45,19 @@ def build_stages(config: Config, policy: Policy, questions: Sequence[Question]) 
 def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Sequence[Question], *, index: int) -> Stage:
     """One stage of the loop: its recipe, compiled for the policy's mesh. Nothing is traced before it is first used."""
     questions = stage.questions_per_step or config.data.questions_per_step
-    recipe = build_recipe(config, stage.method, questions)
-    losses = make_losses(
-        policy.token_stats(recipe.wants_entropy),
-        recipe.token_losses,
-        scored=recipe.scores,
-        stability_mask=recipe.estimator.stability_mask if clips(recipe) else None,
-    )
-    schedule = _schedule(config, stage)
-    optimizers = {"policy": _optimizer(config, schedule)}
-    empty = put_micro_batch(policy.mesh, _assembler(config, recipe)([], frozenset()).micro_batches[0], policy.rules)
-    stats = jax.eval_shape(losses, {"policy": policy.params}, empty)[1]
-
-    def fresh(params: Mapping[str, Params]) -> TrainState:
-        return init_state(params, optimizers, stats, config.batch.max_micro_batches)
-
-    shapes = jax.eval_shape(fresh, {"policy": policy.params})
-    places = state_shardings(shapes, {"policy": policy.shardings}, replicated(policy.mesh))
+    step = build_step(config, stage, policy.token_stats, policy.params, policy.shardings, policy.mesh)
+    recipe = step.recipe
 
     def start(params: Mapping[str, Params], totals: Any) -> TrainState:
-        state = fresh(jax.tree.map(jnp.copy, dict(params)))
+        state = step.fresh(jax.tree.map(jnp.copy, dict(params)))
         state = state if totals is None else dataclasses.replace(state, totals=totals)
-        return placed(state, places)
+        return placed(state, step.places)
 
-    token_stats = policy.token_stats(False)
-
-    def score(params: Params, micro_batch: MicroBatch) -> Any:
-        return token_stats(params, micro_batch).logprobs
-
-    scorer = one_at_a_time(policy.mesh, jax.jit(score))
+    scorer = one_at_a_time(policy.mesh, jax.jit(make_score(policy.token_stats)))
 
     def add_reference(micro_batch: MicroBatch) -> MicroBatch:
         # the parameters that the run starts from are never donated: `start` copies them
         return dataclasses.replace(micro_batch, reference_logprobs=scorer(policy.params, micro_batch))
-
-    micro_step = make_micro_step(
-        losses, optimizers, skip_norm=config.optimizer.skip_norm, checksum_every=config.train.checksum_every
-    )
 
     return Stage(
         name=stage.method,
@@ -97,14 +73,79 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         nonfinite=config.optimizer.nonfinite,
         clip_norm=config.optimizer.clip_norm,
         start=start,
-        micro_step=jit_step(micro_step, places),
+        micro_step=step.micro_step,
         make_requests=build_requests(config, stop_ids(policy.tokenizer, config.rollout.stop_ids)),
         assemble=_assembler(config, recipe),
-        learning_rate=lambda optimizer_step: float(to_host(schedule(optimizer_step))),
+        learning_rate=lambda optimizer_step: float(to_host(step.schedule(optimizer_step))),
         score=scorer if recipe.scores else None,
         add_reference=add_reference if recipe.reads_reference else None,
-        probe=_probe(policy.mesh, losses),
+        probe=_probe(policy.mesh, step.losses),
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """The train step of a stage, compiled when it is first called; it needs shapes of parameters only.
+
+    Args
+      empty: a micro-batch without samples, on the host. fresh: named parameters -> a state with empty sums.
+      state: the state's shapes. places: where its leaves live, in their order.
+    """
+
+    recipe: Recipe
+    losses: Losses
+    schedule: optax.Schedule
+    empty: MicroBatch
+    fresh: Callable[[Mapping[str, Params]], TrainState]
+    state: TrainState
+    places: list[jax.sharding.Sharding]
+    micro_step: MicroStep
+
+
+def build_step(
+    config: Config,
+    stage: StageConfig,
+    token_stats: Callable[[bool], TokenStatsFn],
+    params: Params,
+    shardings: Any,
+    mesh: Mesh,
+) -> Step:
+    """The step of a stage on a mesh.
+
+    Args
+      params: arrays or their shapes; nothing is read of them. shardings: where they live.
+    """
+    recipe = build_recipe(config, stage.method, stage.questions_per_step or config.data.questions_per_step)
+    losses = make_losses(
+        token_stats(recipe.wants_entropy),
+        recipe.token_losses,
+        scored=recipe.scores,
+        stability_mask=recipe.estimator.stability_mask if clips(recipe) else None,
+    )
+    schedule = _schedule(config, stage)
+    optimizers = {"policy": _optimizer(config, schedule)}
+    empty = _assembler(config, recipe)([], frozenset()).micro_batches[0]
+    stats = jax.eval_shape(losses, {"policy": params}, empty)[1]
+
+    def fresh(params: Mapping[str, Params]) -> TrainState:
+        return init_state(params, optimizers, stats, config.batch.max_micro_batches)
+
+    state = jax.eval_shape(fresh, {"policy": params})
+    places = state_shardings(state, {"policy": shardings}, replicated(mesh))
+    micro_step = make_micro_step(
+        losses, optimizers, skip_norm=config.optimizer.skip_norm, checksum_every=config.train.checksum_every
+    )
+    return Step(recipe, losses, schedule, empty, fresh, state, places, jit_step(micro_step, places))
+
+
+def make_score(token_stats: Callable[[bool], TokenStatsFn]) -> Callable[[Params, MicroBatch], Any]:
+    """The score pass: parameters and a micro-batch -> log-probs of its target tokens."""
+    stats = token_stats(False)
+
+    def score(params: Params, micro_batch: MicroBatch) -> Any:
+        return stats(params, micro_batch).logprobs
+
+    return score
 
 
 def _assembler(config: Config, recipe: Recipe) -> Callable[[Sequence[Sample], frozenset[SampleId]], Update]:
