@@ -4,6 +4,8 @@
 # make kill-matrix  every broken version against every layer of proof; writes the table into docs/proofs.md
 # make base-model   trains the base model that the repository ships
 # make lint         ruff and mypy
+# make plan-1.5b    what HPT on a 1.5B model does on 16 v5e chips that need not be there (installs libtpu into .venv-tpu)
+# make plan-all     the same for 1.5B, 7B and 8B on v5e, v5p, v6e and two slices
 # make venv         only the environment
 #
 # ACCEL=cuda13 or ACCEL=tpu chooses the jax build. VENV=folder puts the environment elsewhere.
@@ -20,7 +22,7 @@ ifeq ($(filter $(ACCEL),cpu cuda13 tpu),)
 $(error expected ACCEL to be cpu, cuda13 or tpu, got '$(ACCEL)')
 endif
 
-.PHONY: quickstart test test-full kill-matrix base-model lint venv
+.PHONY: plan-1.5b plan-all quickstart test test-full kill-matrix base-model lint venv
 
 quickstart: $(STAMP)
 	$(BIN)/hptjax train configs/quickstart.toml
@@ -41,6 +43,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check hptjax tests launch benchmarks
 	$(BIN)/ruff check hptjax tests launch benchmarks
 	$(BIN)/mypy
+
+plan-1.5b:
+	$(MAKE) venv ACCEL=tpu VENV=.venv-tpu
+	JAX_PLATFORMS=cpu .venv-tpu/bin/hptjax plan configs/hpt_qwen2.5_math_1.5b.toml --topology v5e:4x4
+
+plan-all: plan-1.5b
+	JAX_PLATFORMS=cpu .venv-tpu/bin/hptjax plan configs/hpt_qwen2.5_math_1.5b.toml --topology v5p:2x2x1 v6e:2x4 2xv5e:4x4
+	JAX_PLATFORMS=cpu .venv-tpu/bin/hptjax plan configs/hpt_qwen2.5_math_7b.toml --topology v5e:4x8 v5p:2x2x4 v6e:4x4
+	JAX_PLATFORMS=cpu .venv-tpu/bin/hptjax plan configs/hpt_llama3.1_8b.toml --topology v5e:8x8 v5p:2x2x4 v6e:4x4
 
 venv: $(STAMP)
 

@@ -34,6 +34,7 @@ commands
   sample CONFIG    completions of a prompt, with the verifier's word on them
   compare CONFIG   several methods from the same base under the same budget: one table, one plot
   explain CONFIG   batch arithmetic, bytes and token weights, before anything runs
+  plan CONFIG      bytes, FLOPs, collectives and time on a TPU that need not be there, and whether it fits
   audit TARGET     whether a trainer, yours or another, adds up every micro-batch; names those it does not
   doctor           what this machine has and lacks
 
@@ -113,6 +114,19 @@ class CompareOptions:
 
     arms: str = "hpt,sft,grpo,sft_then_rl"  # separated by commas
     seeds: int = 3  # seeds per arm
+    config: ConfigFields = dataclasses.field(default_factory=Config)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """What a config does on a TPU that need not be there: the real programs, compiled. Needs hptjax[tpu]."""
+
+    topology: tuple[str, ...] = ("v5e:4x4",)  # chip:layout, 2xchip:layout for two slices; several may follow
+    slices: int = 1  # slices of each topology
+    search: bool = False  # try meshes, micro-batch rows and remat policies, and rank them
+    largest: bool = True  # look for the largest batch.rows that fits
+    cache: pathlib.Path | None = None  # folder of earlier results; None: beside the compiled programs
+    json: pathlib.Path | None = None  # also write everything there
     config: ConfigFields = dataclasses.field(default_factory=Config)
 
 
@@ -220,6 +234,27 @@ def command_explain(arguments: list[str]) -> int:
     return 0
 
 
+def command_plan(arguments: list[str]) -> int:
+    """Plans a config on absent TPUs; status 1 where it does not fit."""
+    options = parse("plan", arguments, lambda config: PlanOptions(config=config))
+    check(options.config, sized_only=True)
+    if options.json is not None and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
+        raise ValueError(f"expected the path of a file in an existing folder, got '{options.json}'; change --json.")
+    if options.slices < 1:
+        raise ValueError(f"expected at least 1 slice, got {options.slices}; change --slices.")
+    from hptjax.plan.command import plan_command
+
+    return plan_command(
+        options.config,
+        options.topology,
+        slices=options.slices,
+        largest=options.largest,
+        search=options.search,
+        cache=options.cache,
+        json_path=options.json,
+    )
+
+
 def command_audit(arguments: list[str]) -> int:
     """Audits a trainer's gradient accumulation; status 1 where there is a fault."""
     options = tyro.cli(
@@ -305,6 +340,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sample": command_sample,
     "compare": command_compare,
     "explain": command_explain,
+    "plan": command_plan,
     "audit": command_audit,
     "doctor": command_doctor,
 }

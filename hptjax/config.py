@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal
 from hptjax.config_text import struct_list
 
 Method = Literal["hpt", "sft", "grpo"]
+Preset = Literal[
+    "qwen2.5-0.5b", "qwen2.5-math-1.5b", "qwen2.5-math-7b", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b"
+]  # the names of models/presets.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ class ModelConfig:
 
     path: str | None = None  # folder in the Hugging Face layout; None: from scratch, with `model.shape`
     tokenizer: str | None = None  # folder of the tokenizer; None: the same as `model.path`
+    preset: Preset | None = None  # where `model.path` is not set: a published model's shape instead of `model.shape`
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
     remat: bool = False  # recompute activations in the backward pass: slower, less memory
     logprob_chunk_tokens: int = 2048  # tokens whose logits exist at the same time

@@ -32,15 +32,18 @@ ABOVE_ZERO = (
 ).split()
 
 
-def check(config: Config) -> None:
+def check(config: Config, *, sized_only: bool = False) -> None:
     """Nothing, where the fields make a run possible.
+
+    Args
+      sized_only: the model's shape is all that is needed of it, as in `hptjax plan`: no folder has to be named.
 
     Raises
       ValueError: a field is out of its range, or two contradict each other. The message says what was expected, what
         came and which field to change.
     """
     _check_ranges(config)
-    _check_names(config)
+    _check_names(config, sized_only)
     _check_task_and_data(config)
     _check_rollout(config)
     _check_objective(config)
@@ -69,10 +72,11 @@ def _check_ranges(config: Config) -> None:
                 _refuse(f"{name} {words}", f"{values[name]}", name)
 
 
-def _check_names(config: Config) -> None:
+def _check_names(config: Config, sized_only: bool) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         _refuse("a name of letters, digits, '.', '_' and '-' (it names the run folder)", repr(config.name), "name")
-    if config.model.path is None and config.model.tokenizer is None:
+    model = config.model
+    if model.path is None and model.tokenizer is None and not (sized_only and model.preset):
         _refuse(
             "a model folder, or a tokenizer folder for a model from scratch", "neither", "model.path or model.tokenizer"
         )

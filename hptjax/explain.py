@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from hptjax.config import Config, ShapeConfig
 from hptjax.config_batch import mesh_devices, mesh_words, micro_batches_needed, samples_per_update, stage_list, steps_of
 from hptjax.masked import inverse_count
+from hptjax.models.presets import PRESETS
 
 FP32_BYTES, BF16_BYTES = 4, 2
 ROWS_PER_UNIT_C = 64  # C of `official_fixed` = rollout rows per update / 64 (the published script's rows per rank)
@@ -194,11 +196,15 @@ def parameter_count(shape: ShapeConfig, vocab_size: int) -> int:
 
 
 def model_shape(config: Config) -> tuple[ShapeConfig, int]:
-    """Sizes and vocabulary of the model: of its folder, or of `model.shape` with the tokenizer's vocabulary.
+    """Sizes and vocabulary of the model: of its folder, of a preset, or `model.shape` with the tokenizer's vocabulary.
 
     Raises
       FileNotFoundError: the folder of model.path or model.tokenizer lacks its JSON file.
     """
+    if config.model.path is None and config.model.preset is not None:
+        preset = PRESETS[config.model.preset]
+        names = {field.name for field in dataclasses.fields(ShapeConfig)}
+        return ShapeConfig(**{name: getattr(preset, name) for name in names}), preset.vocab_size
     if config.model.path is None:
         tokenizer = _read(pathlib.Path(config.model.tokenizer or ""), "tokenizer.json", "model.tokenizer")
         names = set(tokenizer["model"]["vocab"]) | {token["content"] for token in tokenizer.get("added_tokens", [])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from safetensors import safe_open
 
 from hptjax.build.data import build_splits, build_task
-from hptjax.config_load import load_config
+from hptjax.config_check import check
+from hptjax.config_load import load_config, read_file
 from hptjax.data.tokenizer import decode, encode_demonstration, encode_prompt, load_tokenizer
 from hptjax.models.folder import load_folder
 
@@ -35,7 +37,13 @@ def in_root(monkeypatch):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_check(path, in_root):
-    config = load_config(path)
+    config = read_file(path)
+    check(config, sized_only=True)
+    if config.model.path is None and config.model.tokenizer is None:  # for `hptjax plan`, until a folder is named
+        assert config.model.preset
+        check(dataclasses.replace(config, model=dataclasses.replace(config.model, path="folder")))
+    else:
+        check(config)
     assert config.name == path.stem
     assert "test" not in config.checkpoint.metric
 

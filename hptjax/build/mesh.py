@@ -9,6 +9,7 @@ import jax
 
 from hptjax.config import Config, RuleConfig
 from hptjax.config_batch import mesh_devices, mesh_sizes, mesh_words
+from hptjax.models.presets import PRESETS
 from hptjax.sharding.mesh import make_mesh
 from hptjax.sharding.rules import Rules, axes_that_divide, make_rules, parts
 
@@ -90,7 +91,7 @@ def check_mesh(config: Config) -> None:
             )
     if config.model.path is not None:
         return  # the folder's own sizes are checked when they are known
-    shape = config.model.shape
+    shape = config.model.shape if config.model.preset is None else PRESETS[config.model.preset]
     for rules in (training, rollout):
         for name, size, logical in (
             ("num_heads", shape.num_heads, "heads"),

@@ -17,6 +17,7 @@ from hptjax.data.tokenizer import load_tokenizer
 from hptjax.losses.logprobs import TokenStats, token_logprobs
 from hptjax.models import decoder
 from hptjax.models.folder import load_folder
+from hptjax.models.presets import PRESETS
 from hptjax.models.shape import DecoderConfig
 from hptjax.rollout.engine import make_engine
 from hptjax.rollout.programs import DecodeStep, Prefill, RolloutShardings, Unembedding
@@ -77,6 +78,8 @@ def build_policy(config: Config) -> Policy:
         shape, params = load_folder(Path(config.model.path))
     else:
         shape = from_scratch(config.model.shape, len(tokenizer))
+        if config.model.preset is not None:
+            shape = PRESETS[config.model.preset]
         params = decoder.init_params(jax.random.key(config.seed), shape)
     if len(tokenizer) > shape.vocab_size:
         raise ValueError(

@@ -1,0 +1,98 @@
+"""Floating-point operations and bytes of a decoder by arithmetic: compilers undercount loops and kernels.
+
+A multiply and an add are two operations. Dims: D model, L layers, H query heads, K kv heads, E head dim, F mlp,
+V vocab, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from hptjax.models.shape import DecoderConfig
+
+BACKWARD = 2  # of every product, one for each factor's gradient
+FLASH_BACKWARD = 2.5  # of attention that keeps no scores: five products where the forward pass has two
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Operations of one call of a program on all devices together, by kind.
+
+    Args
+      matmuls: of the layers' weights. attention: scores and mixing. unembedding: logits.
+    """
+
+    matmuls: float
+    attention: float
+    unembedding: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.matmuls + self.attention + self.unembedding
+
+
+def layer_weights(shape: DecoderConfig) -> int:
+    """Entries of the matrices of all layers: L (2 D H E + 2 D K E + 3 D F)."""
+    D, E = shape.hidden_size, shape.head_dim
+    heads = 2 * D * shape.num_heads * E + 2 * D * shape.num_kv_heads * E
+    return shape.num_layers * (heads + 3 * D * shape.mlp_size)
+
+
+def forward_flops(shape: DecoderConfig, *, tokens: int, pairs: float, logits: int) -> Flops:
+    """Of a forward pass.
+
+    Args
+      tokens: that go through the layers. pairs: of a query and a key that are multiplied, in one layer.
+      logits: tokens whose logits are made.
+    """
+    return Flops(
+        matmuls=2.0 * tokens * layer_weights(shape),
+        attention=4.0 * pairs * shape.num_layers * shape.num_heads * shape.head_dim,
+        unembedding=2.0 * logits * shape.hidden_size * shape.vocab_size,
+    )
+
+
+def train_flops(forward: Flops, *, recomputed_layers: float, flash: bool) -> Flops:
+    """Of a micro-step: forward, backward and what the backward pass recomputes.
+
+    Args
+      recomputed_layers: share of the layers' forward pass that is done again (1 with full remat, 0 without).
+      flash: whether the attention keeps no scores and makes them again in its backward pass.
+    """
+    layers = 1 + recomputed_layers + BACKWARD
+    return Flops(
+        matmuls=forward.matmuls * layers,
+        attention=forward.attention * (1 + recomputed_layers + (FLASH_BACKWARD if flash else BACKWARD)),
+        unembedding=forward.unembedding * (2 + BACKWARD),  # the chunks' logits are always made again
+    )
+
+
+def model_flops(shape: DecoderConfig, *, tokens: int, pairs: float) -> float:
+    """Of a forward and backward pass without any recomputation and with causal pairs only: what MFU is a share of."""
+    return (1 + BACKWARD) * forward_flops(shape, tokens=tokens, pairs=pairs, logits=tokens).total
+
+
+def causal_pairs(rows: int, row_tokens: int, sample_tokens: int) -> float:
+    """Pairs that attention needs in packed rows: t (t + 1) / 2 for each sample of t tokens, rows taken to be full."""
+    return rows * row_tokens * (min(sample_tokens, row_tokens) + 1) / 2
+
+
+def entries(shapes: Any) -> int:
+    """Entries of all arrays of a tree of shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of a tree of `jax.ShapeDtypeStruct`s with shardings: the largest share that any device holds."""
+    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _leaf_bytes(leaf: Any) -> int:
+    sharding = getattr(leaf, "sharding", None)
+    sizes = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(sizes) * leaf.dtype.itemsize

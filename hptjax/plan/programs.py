@@ -1,0 +1,175 @@
+"""The programs of a run, lowered from shapes alone: train step with update, score pass, prefill and decode.
+
+They are the functions that `hptjax train` compiles (`build.policy.build_functions`, `build.stages.build_step`,
+`rollout.programs.make_programs`), on a mesh whose devices need not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from hptjax.build.policy import Functions, build_functions
+from hptjax.build.stages import Step, build_step, make_score
+from hptjax.config import Config, StageConfig
+from hptjax.models import decoder
+from hptjax.models.shape import DecoderConfig
+from hptjax.rollout import waves
+from hptjax.rollout.programs import make_programs
+from hptjax.sharding.mesh import REPLICATED_FIELDS, SEGMENT_FIELDS
+from hptjax.sharding.rules import Rules, partition_spec, replicated
+from hptjax.train.state import TrainState
+from hptjax.types import MicroBatch
+
+MAX_STOP_IDS = 8  # as `rollout.engine.make_engine`
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunPrograms:
+    """Shapes with their places, and the lowering of each program.
+
+    Args
+      state: the train state; micro_batch; decode_params: the weights that rollouts use; cache: the KV cache.
+      lower: program name -> its lowering; nothing is traced before the call.
+      scores: whether the method scores its micro-batches before it trains on them. copies_weights: whether rollouts
+        have weights of their own.
+    """
+
+    state: TrainState
+    micro_batch: MicroBatch
+    decode_params: Any
+    cache: Any
+    lower: dict[str, Callable[[], jax.stages.Lowered]]
+    scores: bool
+    copies_weights: bool
+
+
+def run_programs(config: Config, stage: StageConfig, shape: DecoderConfig, mesh: Mesh) -> RunPrograms:
+    """The programs of one stage of a config, for a model of this shape, on this mesh."""
+    model = build_functions(config, shape, mesh)
+    params = _params(shape, model.shardings, jnp.float32)
+    step = build_step(config, stage, model.token_stats, params, model.shardings, mesh)
+    state = _state(step)
+    micro_batch = _micro_batch(step.empty, mesh, model.rules)
+    is_last = jax.ShapeDtypeStruct((), jnp.bool_, sharding=replicated(mesh))
+    score = jax.jit(make_score(model.token_stats))
+    lower: dict[str, Callable[[], jax.stages.Lowered]] = {
+        "train step": lambda: step.micro_step.__wrapped__.lower(state, micro_batch, is_last),  # type: ignore[attr-defined]
+        "score": lambda: score.lower(params, micro_batch),
+    }
+    decode_params, cache, rollout = _rollout(config, shape, mesh, model, params)
+    return RunPrograms(
+        state=state,
+        micro_batch=micro_batch,
+        decode_params=decode_params,
+        cache=cache,
+        lower=lower | rollout,
+        scores=step.recipe.scores or step.recipe.reads_reference,
+        copies_weights=model.decode_weights is not None,
+    )
+
+
+def _params(shape: DecoderConfig, shardings: Any, dtype: Any) -> Any:
+    shapes = decoder.param_shapes(shape)
+    return jax.tree.map(
+        lambda sizes, place: jax.ShapeDtypeStruct(sizes, dtype, sharding=place),
+        shapes,
+        shardings,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def _state(step: Step) -> TrainState:
+    leaves, treedef = jax.tree.flatten(step.state)
+    placed = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        for leaf, place in zip(leaves, step.places, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, placed)
+
+
+def _micro_batch(empty: MicroBatch, mesh: Mesh, rules: Rules) -> MicroBatch:
+    """The shapes of a micro-batch, where `put_micro_batch` puts it."""
+
+    def put(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        names = () if name in REPLICATED_FIELDS else ("batch", None if name in SEGMENT_FIELDS else "time")[: leaf.ndim]
+        axes = (*names, *[None] * (leaf.ndim - len(names)))
+        sharding = NamedSharding(mesh, partition_spec(mesh, axes, leaf.shape, rules))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return MicroBatch(
+        **{
+            name: jax.tree.map(functools.partial(put, name), getattr(empty, name))
+            for name in MicroBatch.__dataclass_fields__
+        }
+    )
+
+
+def _rollout(
+    config: Config, shape: DecoderConfig, mesh: Mesh, model: Functions, params: Any
+) -> tuple[Any, Any, dict[str, Callable[[], jax.stages.Lowered]]]:
+    """The weights and the cache of rollouts, and the lowering of prefill and decode."""
+    rollout = config.rollout
+    sizes = waves.DecodeShape(
+        vocab_size=shape.vocab_size,
+        slots=rollout.slots,
+        prefill_rows=rollout.prefill_rows,
+        prompt_buckets=rollout.prompt_buckets,
+        cache_capacity=rollout.cache_capacity,
+        tokens_per_call=rollout.tokens_per_call,
+        max_stop_ids=MAX_STOP_IDS,
+    )
+    programs = make_programs(
+        sizes,
+        prefill=model.prefill,
+        decode_step=model.decode_step,
+        unembedding=model.unembedding,
+        shardings=model.rollout_shardings,
+    )
+    weights = params
+    lower: dict[str, Callable[[], jax.stages.Lowered]] = {}
+    if model.decode_weights is not None:
+        move = jax.jit(model.decode_weights, out_shardings=model.decode_shardings)
+        weights = _with_places(jax.eval_shape(model.decode_weights, params), model.decode_shardings)
+        lower["reshard"] = lambda: move.lower(params)
+    places = model.rollout_shardings
+    cache = jax.eval_shape(programs.empty_cache, weights)
+    rows = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, vars(waves.wave_rows([], sizes, 0))))
+    settings, progress = jax.eval_shape(programs.begin, jax.eval_shape(lambda: jax.random.key(0)), rows)
+    if places is not None:
+        cache = _with_places(cache, places.cache)
+        settings, progress = (_with_places(tree, places.rows) for tree in (settings, progress))
+    bucket = rollout.prompt_buckets[-1]
+    tokens = jax.ShapeDtypeStruct((rollout.prefill_rows, bucket), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((rollout.prefill_rows,), jnp.int32)
+    row_of_slot = jax.ShapeDtypeStruct((rollout.slots,), jnp.int32)
+    truncated = rollout.top_k > 0 or rollout.top_p < 1
+    lower["prefill"] = lambda: programs.insert.lower(weights, cache, tokens, lengths, row_of_slot)  # type: ignore[attr-defined]
+    lower["decode"] = lambda: programs.decode.lower(  # type: ignore[attr-defined]
+        weights, cache, progress, settings, truncated=truncated
+    )
+    return weights, cache, lower
+
+
+def _with_places(shapes: Any, places: Any) -> Any:
+    """A tree of shapes with the shardings of a tree, or with one for all."""
+    if isinstance(places, NamedSharding):
+        places = jax.tree.map(lambda _: places, shapes)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+    )
+
+
+def rollouts_per_step(config: Config, stage: StageConfig) -> tuple[int, int]:
+    """(waves, prefill calls in each) of a step of this stage, every context a different one per question."""
+    questions = stage.questions_per_step or config.data.questions_per_step
+    count = math.ceil(questions * config.rollout.group_size / config.rollout.slots)
+    per_wave = math.ceil(min(questions, config.rollout.slots / config.rollout.group_size))
+    return count, math.ceil(per_wave / config.rollout.prefill_rows)
