@@ -110,11 +110,11 @@ def compile_program(
     memory: Any = compiled.memory_analysis()
     moved = traffic(compiled.as_text() or "", turns=turns, has_update=has_update)
     return Compiled(
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
-        code_bytes=memory.generated_code_size_in_bytes,
+        argument_bytes=float(memory.argument_size_in_bytes),
+        output_bytes=float(memory.output_size_in_bytes),
+        alias_bytes=float(memory.alias_size_in_bytes),
+        temp_bytes=float(memory.temp_size_in_bytes),
+        code_bytes=float(memory.generated_code_size_in_bytes),
         memory_bytes=moved.always.memory_bytes,
         update_memory_bytes=moved.update.memory_bytes,
         exchanged=(*_exchanged(moved.always, slice_of, False), *_exchanged(moved.update, slice_of, True)),

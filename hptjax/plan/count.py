@@ -87,9 +87,9 @@ def entries(shapes: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> float:
     """Of a tree of `jax.ShapeDtypeStruct`s with shardings: the largest share that any device holds."""
-    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+    return float(sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree)))
 
 
 def _leaf_bytes(leaf: Any) -> int:

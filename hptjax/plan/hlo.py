@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "token": 0}
+BYTES = {"pred": 1.0, "bf16": 2.0, "f16": 2.0, "f32": 4.0, "f64": 8.0, "c64": 8.0, "c128": 16.0, "token": 0.0}
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 NAME = re.compile(r"%([\w.\-]+)")
@@ -154,9 +154,9 @@ def element_bytes(element: str) -> float:
     if element in BYTES:
         return BYTES[element]
     if element.startswith("f8"):
-        return 1
+        return 1.0
     bits = re.fullmatch(r"[su](\d+)", element)
-    return int(bits[1]) / 8 if bits else 0
+    return int(bits[1]) / 8 if bits else 0.0
 
 
 def size_of(kind: str, *, hbm_only: bool = False) -> float:

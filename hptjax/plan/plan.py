@@ -156,7 +156,7 @@ def held_bytes(programs: RunPrograms) -> dict[str, float]:
         **known,
         "counters and checks": bytes_per_device(programs.state) - sum(known.values()),
         "micro-batch": bytes_per_device(programs.micro_batch),
-        "weights of rollouts": bytes_per_device(programs.decode_params) if programs.copies_weights else 0,
+        "weights of rollouts": bytes_per_device(programs.decode_params) if programs.copies_weights else 0.0,
         "KV cache": bytes_per_device(programs.cache),
     }
 
@@ -192,6 +192,6 @@ def step_time(config: Config, stage: StageConfig, shape: DecoderConfig, plan: Pl
         rollout_s=sampled,
         score_s=scored,
         train_s=updates * (micro_batches * train.time.seconds + train.update_time.seconds),
-        tokens=tokens,
+        tokens=float(tokens),
         model_flops=model_flops(shape, tokens=tokens, pairs=pairs),
     )

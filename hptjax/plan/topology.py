@@ -46,7 +46,7 @@ def first_line(error: Exception) -> str:
 def with_mesh(config: Config, sizes: MeshConfig) -> Config:
     """The config with other mesh sizes; its tables stay."""
     axes = {axis: getattr(sizes, axis) for axis in MESH_AXES}
-    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **axes))
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, devices=None, **axes))
 
 
 def mesh_for(config: Config, slices: Slices) -> Config:
