@@ -68,7 +68,8 @@ def recorded(tmp_path, monkeypatch):
     since.fail = write
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("JAX_PLATFORMS")
-    monkeypatch.setattr(launch.steps.time, "sleep", lambda seconds: None)
+    sleeps = iter(range(20))  # nothing here waits for more than two looks
+    monkeypatch.setattr(launch.steps.time, "sleep", lambda seconds: next(sleeps))
     return since
 
 

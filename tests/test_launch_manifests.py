@@ -14,6 +14,7 @@ import yaml
 
 from launch.gke import Gke, gke_steps, jobset
 from launch.tpu import GENERATIONS, tpu_slice
+from launch.until_done import COME_BACK
 from tests.launch_schemas import JOBSET
 
 CONFIG = "configs/quickstart.toml"
@@ -79,6 +80,21 @@ def test_launch_jobset_fits_its_schema_and_holds_every_chip(slice_name, slices):
     assert {
         rule["onExitCodes"]["containerName"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule
     } == {container["name"]}
+
+
+def test_launch_jobset_that_was_told_to_go_starts_again_uncounted():
+    made = manifest("v5e:4x4")
+    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    codes, conditions = job["podFailurePolicy"]["rules"]
+    assert codes["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [COME_BACK]}
+    assert conditions["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert {codes["action"], conditions["action"]} == {"FailJob"}  # the reason is then PodFailurePolicy
+    (rule,) = made["spec"]["failurePolicy"]["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert job["backoffLimit"] == 0  # any other failure is one of maxRestarts
+    container = job["template"]["spec"]["containers"][0]
+    assert container["command"][:3] == ["python", "-m", "launch.until_done"]  # or the code would never be 75
 
 
 def test_launch_jobset_that_kubectl_reads_is_the_manifest():

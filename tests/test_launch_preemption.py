@@ -33,7 +33,10 @@ def status_of(code: str, *, stop: bool = False) -> int:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGTERM)
-        return process.wait(timeout=30)
+        try:
+            return process.wait(timeout=30)
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(("code", "status"), [("pass", 0), ("raise SystemExit(3)", 3)])
