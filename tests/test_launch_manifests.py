@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
+from hptjax.plan.chips import CHIPS, parse_topology
 from launch.gke import Gke, gke_steps, jobset
 from launch.tpu import GENERATIONS, tpu_slice
 from launch.until_done import COME_BACK
@@ -151,6 +152,13 @@ def test_launch_slices_have_whole_hosts():
             slice_ = tpu_slice(f"{generation}:{topology}")
             assert slice_.chips_per_host * slice_.hosts == slice_.chips
             assert slice_.chips_per_host in (1, 4, 8)
+
+
+def test_launch_knows_every_slice_that_can_be_planned():
+    for chip in CHIPS.values():
+        for topology in chip.topologies:
+            planned = parse_topology(f"{chip.name}:{topology}")
+            assert tpu_slice(planned.name).chips == planned.chips
 
 
 @pytest.mark.parametrize("kind", ["gpu", "tpu"])
