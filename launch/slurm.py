@@ -66,7 +66,9 @@ def batch_script(options: Slurm, overrides: Sequence[str]) -> str:
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in settings.items() if value != ""]
     program, *arguments = training(options.config, overrides, mode="slurm")
-    step = shlex.join(["srun", "--kill-on-bad-exit=1", f"{options.environment}/bin/{program}", *arguments])
+    # since Slurm 22.05 a step does not take over --cpus-per-task by itself
+    srun = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={options.cpus_per_task}"]
+    step = shlex.join([*srun, f"{options.environment}/bin/{program}", *arguments])
     return "\n".join(
         [
             "#!/bin/bash",

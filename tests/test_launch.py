@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import launch.steps
+from hptjax.config_load import load_config
 from launch.__main__ import COMMANDS, HELP, run
+from launch.training import training
 
 RECORDER = '''#!{python} -S
 """Stands for a program: writes down how it was called; `describe` tells of a pod that comes at the second look."""
@@ -103,6 +105,42 @@ def test_launch_pod_asks_waits_starts_and_follows(recorded):
         "--distributed.mode tpu --runs_dir /shared/runs --mesh.data 16"
     )
     assert subprocess.run(["bash", "-n"], input=remote, text=True, check=False).returncode == 0
+
+
+def test_launch_pod_host_mounts_the_shared_folder_and_starts_the_container(recorded, tmp_path):
+    line = f"{POD} --name run-7 -- --mesh.data 16 --model.path /shared/models/a"
+    assert run(shlex.split(line)) == 0
+    remote = recorded()[-2][1][-1]
+    host = tmp_path / "host"
+    host.mkdir()
+    for name, body in {
+        "sudo": f'printf "%s|" "$@" >> {host}/log; echo >> {host}/log',
+        "mountpoint": "exit 1",
+        "mount.nfs": "",
+    }.items():
+        (host / name).write_text(f"#!/bin/sh\n{body}\n")
+        (host / name).chmod(0o755)
+    subprocess.run(["bash", "-c", remote], env={"PATH": f"{host}:/usr/bin:/bin"}, check=True)
+    mkdir, mount, login, remove, start = [call.split("|")[:-1] for call in (host / "log").read_text().splitlines()]
+    assert mkdir == ["mkdir", "-p", "/mnt/shared"]
+    assert mount == ["mount", "-t", "nfs", "10.0.0.2:/s", "/mnt/shared"]
+    assert login == ["gcloud", "auth", "configure-docker", "us-docker.pkg.dev", "--quiet"]
+    assert remove == ["docker", "rm", "--force", "run-7"]
+    assert start[:5] == ["docker", "run", "--detach", "--name", "run-7"]
+    assert start[start.index("--volume") + 1] == "/mnt/shared:/shared"
+    assert start[start.index("us-docker.pkg.dev/lab/r/h:1") + 1 :] == [
+        *["python", "-m", "launch.until_done", "hptjax", "train", "configs/quickstart.toml"],
+        *["--distributed.mode", "tpu", "--runs_dir", "/shared/runs", "--mesh.data", "16"],
+        *["--model.path", "/shared/models/a"],
+    ]
+
+
+@pytest.mark.parametrize("mode", [None, "slurm", "tpu"])
+def test_launch_training_command_is_one_that_hptjax_understands(mode):
+    arguments = training("configs/quickstart.toml", ["--train.steps", "3"], mode=mode, runs_dir="/shared/runs")
+    assert arguments[:2] == ("hptjax", "train")
+    config = load_config(arguments[2], arguments[3:])
+    assert (config.distributed.mode, config.runs_dir, config.train.steps) == (mode or "none", "/shared/runs", 3)
 
 
 @pytest.mark.parametrize(("failing", "calls"), [("create", 2), ("describe", 3), ("ssh", 5)])

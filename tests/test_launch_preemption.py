@@ -113,7 +113,7 @@ def test_launch_slurm_job_that_ends_by_itself_is_not_requeued(tmp_path, status):
     assert not (tmp_path / "asked").exists()
     arguments = (tmp_path / "arguments").read_text().split("|")[:-1]
     assert arguments == [
-        *["--kill-on-bad-exit=1", ".venv/bin/hptjax", "train", "c.toml"],
+        *["--kill-on-bad-exit=1", "--cpus-per-task=16", ".venv/bin/hptjax", "train", "c.toml"],
         *["--distributed.mode", "slurm", "--name", "a b"],
     ]
 
