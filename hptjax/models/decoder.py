@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from hptjax.models.layers import Constrain, attention, attention_step, layer, rms_norm, unconstrained
+from hptjax.models.attention import PackedAttention, attention_step, attention_step_in_blocks, reference_attention
+from hptjax.models.layers import Constrain, layer, rms_norm, unconstrained
 from hptjax.models.rope import rotation
 from hptjax.models.shape import DecoderConfig
 from hptjax.types import Array, Params
@@ -130,6 +131,7 @@ def forward(
     config: DecoderConfig,
     compute_dtype: Any,
     constrain: Constrain = unconstrained,
+    attention: PackedAttention = reference_attention,
     remat: bool = False,
     unroll: int = 1,
 ) -> Float[Array, "B T D"]:
@@ -141,12 +143,11 @@ def forward(
     Args
       positions: for the rotation; restart at 0 in each segment. segment_ids: 0 is padding.
       compute_dtype: weights are cast to it where they are used; norms and softmax stay float32.
+      attention: segment ids [B T] -> attend, as `hptjax.models.attention` makes them.
       remat: keep only the layers' inputs for the backward pass and recompute the rest.
       unroll: layers per turn of the scan; more compiles longer and copies less.
     """
-    mask = packed_mask(segment_ids)
-    attend = functools.partial(attention, mask=mask)
-    turn = rotation(positions, config)
+    attend, turn = attention(segment_ids), rotation(positions, config)
 
     def body(hidden: Array, weights: dict[str, Any]) -> tuple[Array, None]:
         return layer(hidden, weights, turn, attend, config=config, constrain=constrain)[0], None
@@ -154,13 +155,6 @@ def forward(
     hidden = constrain(_embed(params, tokens, compute_dtype), ("batch", "time", "features"))
     hidden, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, hidden, params["layers"], unroll=unroll)
     return rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
-
-
-def packed_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """True where query t may see key s: s <= t, same segment."""
-    time = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    causal = time[:, None] >= time[None, :]  # [T T]
-    return causal[None, :, :] & (segment_ids[:, :, None] == segment_ids[:, None, :])
 
 
 def unembedding(params: Params, config: DecoderConfig) -> Float[Array, "D V"]:
@@ -177,6 +171,7 @@ def prefill(
     capacity: int,
     compute_dtype: Any,
     constrain: Constrain = unconstrained,
+    attention: PackedAttention = reference_attention,
 ) -> tuple[Float[Array, "B P D"], Cache]:
     """Hidden states of right-padded prompts, and a cache of `capacity` positions that holds their keys and values.
 
@@ -192,9 +187,7 @@ def prefill(
             f"prefill needs a cache capacity of at least {prompt_tokens} (the prompt bucket), got {capacity}"
         )
     time = jnp.broadcast_to(jnp.arange(prompt_tokens, dtype=jnp.int32)[None, :], (batch, prompt_tokens))
-    mask = packed_mask((time < lengths[:, None]).astype(jnp.int32))
-    attend = functools.partial(attention, mask=mask)
-    turn = rotation(time, config)
+    attend, turn = attention((time < lengths[:, None]).astype(jnp.int32)), rotation(time, config)
 
     def body(hidden: Array, weights: dict[str, Any]) -> tuple[Array, tuple[Array, Array]]:
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
@@ -216,6 +209,7 @@ def decode_step(
     config: DecoderConfig,
     compute_dtype: Any,
     constrain: Constrain = unconstrained,
+    cache_block: int | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Hidden state of one more token per row, and the cache with its keys and values at `lengths[b]`.
 
@@ -224,18 +218,37 @@ def decode_step(
 
     Args
       lengths: tokens already cached in each row; the new token's position.
+      cache_block: None reads the whole cache; else so many positions at a time, up to the longest row's length.
     """
-    mask = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)[None, :] < lengths[:, None]  # [B C]
+    capacity = cache.keys.shape[2]
+    mask = jnp.arange(capacity, dtype=jnp.int32)[None, :] < lengths[:, None]  # [B C]
     turn = rotation(lengths[:, None], config)
 
-    def body(hidden: Array, xs: tuple[dict[str, Any], Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def whole(hidden: Array, xs: tuple[dict[str, Any], Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         weights, cached_keys, cached_values = xs
         attend = functools.partial(attention_step, cached_keys=cached_keys, cached_values=cached_values, mask=mask)
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
         return hidden, (key[:, 0], value[:, 0])
 
+    def in_blocks(hidden: Array, xs: tuple[dict[str, Any], Array]) -> tuple[Array, tuple[Array, Array]]:
+        weights, number = xs
+        attend = functools.partial(
+            attention_step_in_blocks,
+            cached_keys=cache.keys,
+            cached_values=cache.values,
+            layer=number,
+            lengths=lengths,
+            block=cache_block or capacity,
+        )
+        hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
+        return hidden, (key[:, 0], value[:, 0])
+
     hidden = constrain(_embed(params, tokens[:, None], compute_dtype), ("batch", "time", "features"))
-    hidden, (keys, values) = jax.lax.scan(body, hidden, (params["layers"], cache.keys, cache.values))  # [L B K E]
+    if cache_block is None or cache_block >= capacity:
+        hidden, (keys, values) = jax.lax.scan(whole, hidden, (params["layers"], cache.keys, cache.values))  # [L B K E]
+    else:
+        numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
+        hidden, (keys, values) = jax.lax.scan(in_blocks, hidden, (params["layers"], numbers))
     hidden = rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
     return hidden[:, 0], Cache(keys=_write(cache.keys, keys, lengths), values=_write(cache.values, values, lengths))
 

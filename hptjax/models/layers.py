@@ -7,18 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
+from hptjax.models.attention import Attend
 from hptjax.models.rope import rotate
 from hptjax.models.shape import DecoderConfig
 from hptjax.types import Array
 
 # constrain(x, logical axis names) -> x, placed on a mesh by whoever knows one
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
-# attend(query [B T H E], key [B T K E], value [B T K E]) -> [B T H E]
-Attend = Callable[[Array, Array, Array], Array]
-
-MASKED_SCORE = -1e30  # finite, so that no row can become NaN; exp(MASKED_SCORE - any real score) is exactly 0
 
 
 def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
@@ -32,58 +29,6 @@ def rms_norm(x: Float[Array, "*shape D"], scale: Float[Array, " D"], eps: float)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return (wide * inverse * scale).astype(x.dtype)
-
-
-def attention(
-    query: Float[Array, "B T H E"],
-    key: Float[Array, "B S K E"],
-    value: Float[Array, "B S K E"],
-    mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T H E"]:
-    """Grouped-query softmax attention; query head h reads kv head h // (H / K).
-
-    Scores and softmax are float32. Where the mask is False the probability is exactly 0, so what stands there (if
-    finite) changes no bit of the result. Every query needs at least one True.
-    """
-    batch, length, num_heads, head_dim = query.shape
-    num_kv_heads = key.shape[2]
-    query = (query * head_dim**-0.5).reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("btkre,bske->bkrts", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None, :, :], scores, MASKED_SCORE)  # [B K R T S]
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    mixed = jnp.einsum("bkrts,bske->btkre", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return mixed.reshape(batch, length, num_heads, head_dim).astype(value.dtype)
-
-
-def attention_step(
-    query: Float[Array, "B 1 H E"],
-    key: Float[Array, "B 1 K E"],
-    value: Float[Array, "B 1 K E"],
-    cached_keys: Float[Array, "B C K E"],
-    cached_values: Float[Array, "B C K E"],
-    mask: Bool[Array, "B C"],
-) -> Float[Array, "B 1 H E"]:
-    """Attention of one new position over the cached ones (where the mask is True) and itself.
-
-    The new key and value stand beside the cache instead of in it, so that a step reads the cache and writes it once
-    for all layers.
-    """
-    batch, _, num_heads, head_dim = query.shape
-    num_kv_heads = key.shape[2]
-    query = (query * head_dim**-0.5).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("bkre,bcke->bkrc", query, cached_keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None, :], scores, MASKED_SCORE)
-    own = jnp.einsum("bkre,bke->bkr", query, key[:, 0], preferred_element_type=jnp.float32)[..., None]
-    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)  # [B K R 1]
-    weights, own_weight = jnp.exp(scores - top), jnp.exp(own - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
-    mixed = jnp.einsum(
-        "bkrc,bcke->bkre", weights.astype(cached_values.dtype), cached_values, preferred_element_type=jnp.float32
-    )
-    mixed = (mixed + own_weight * value.astype(jnp.float32).swapaxes(1, 2)) / total  # [B K R E]
-    return mixed.reshape(batch, 1, num_heads, head_dim).astype(value.dtype)
 
 
 def layer(

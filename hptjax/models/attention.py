@@ -1,0 +1,166 @@
+"""Who may look at whom: attention over packed rows and over a cache, in the plain form and in blocks.
+
+A packed row holds several segments. A query sees the keys at or before it in its own segment and nothing else; padding
+(segment 0) sees padding. Query head h reads kv head h // (H / K); keys and values are never repeated. Scores and softmax
+are float32 whatever the operands are.
+
+Dims: B rows, T queries, S keys, H query heads, K kv heads, R = H / K, E head dim, C positions of a cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from hptjax.types import Array
+
+# attend(query [B T H E], key [B T K E], value [B T K E]) -> [B T H E]
+Attend = Callable[[Array, Array, Array], Array]
+# segment ids [B T] -> the attend of these rows; what the decoder is given
+PackedAttention = Callable[[Array], Attend]
+# the same over part of the queries: query [B T H E], key and value [B S K E], query segments [B T], key segments [B S],
+# place of the first query among the keys -> [B T H E]
+PartAttention = Callable[[Array, Array, Array, Array, Array, Array | int], Array]
+
+Implementation = Literal["reference", "chunked", "splash", "cudnn"]
+
+SAVED = "attention"  # name of what the remat policy of this name keeps: results and log normalisers
+MASKED_SCORE = -1e30  # finite, so that no row can become NaN; exp(MASKED_SCORE - any real score) is exactly 0
+
+
+def reference_attention(segment_ids: Int[Array, "B T"]) -> Attend:
+    """The attend of packed rows in the plain form: one [B T T] mask for all layers, [B H T T] scores in each."""
+    return functools.partial(attention, mask=packed_mask(segment_ids))
+
+
+def packed_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """True where query t may see key s: s <= t, same segment."""
+    return part_mask(segment_ids, segment_ids, 0)
+
+
+def part_mask(
+    query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"], first_query: Int[Array, ""] | int
+) -> Bool[Array, "B T S"]:
+    """`packed_mask` of the queries that begin at position `first_query` of the row."""
+    at = jnp.arange(query_segments.shape[1], dtype=jnp.int32) + first_query
+    causal = at[:, None] >= jnp.arange(key_segments.shape[1], dtype=jnp.int32)[None, :]  # [T S]
+    return causal[None, :, :] & (query_segments[:, :, None] == key_segments[:, None, :])
+
+
+def attention(
+    query: Float[Array, "B T H E"],
+    key: Float[Array, "B S K E"],
+    value: Float[Array, "B S K E"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T H E"]:
+    """Grouped-query softmax attention.
+
+    Where the mask is False the probability is exactly 0, so what stands there (if finite) changes no bit of the result.
+    Every query needs at least one True.
+    """
+    batch, length, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[2]
+    query = (query * head_dim**-0.5).reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = jnp.einsum("btkre,bske->bkrts", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None, :, :], scores, MASKED_SCORE)  # [B K R T S]
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = jnp.einsum("bkrts,bske->btkre", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return mixed.reshape(batch, length, num_heads, head_dim).astype(value.dtype)
+
+
+def reference_part(
+    query: Float[Array, "B T H E"],
+    key: Float[Array, "B S K E"],
+    value: Float[Array, "B S K E"],
+    query_segments: Int[Array, "B T"],
+    key_segments: Int[Array, "B S"],
+    first_query: Int[Array, ""] | int,
+) -> Float[Array, "B T H E"]:
+    """The plain form over part of the queries of a row."""
+    return attention(query, key, value, part_mask(query_segments, key_segments, first_query))
+
+
+def attention_step(
+    query: Float[Array, "B 1 H E"],
+    key: Float[Array, "B 1 K E"],
+    value: Float[Array, "B 1 K E"],
+    cached_keys: Float[Array, "B C K E"],
+    cached_values: Float[Array, "B C K E"],
+    mask: Bool[Array, "B C"],
+) -> Float[Array, "B 1 H E"]:
+    """Attention of one new position over the cached ones (where the mask is True) and itself.
+
+    The new key and value stand beside the cache instead of in it, so that a step reads the cache and writes it once
+    for all layers.
+    """
+    batch, _, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[2]
+    query = (query * head_dim**-0.5).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = jnp.einsum("bkre,bcke->bkrc", query, cached_keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None, :], scores, MASKED_SCORE)
+    own = jnp.einsum("bkre,bke->bkr", query, key[:, 0], preferred_element_type=jnp.float32)[..., None]
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)  # [B K R 1]
+    weights, own_weight = jnp.exp(scores - top), jnp.exp(own - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
+    mixed = jnp.einsum(
+        "bkrc,bcke->bkre", weights.astype(cached_values.dtype), cached_values, preferred_element_type=jnp.float32
+    )
+    mixed = (mixed + own_weight * value.astype(jnp.float32).swapaxes(1, 2)) / total  # [B K R E]
+    return mixed.reshape(batch, 1, num_heads, head_dim).astype(value.dtype)
+
+
+def attention_step_in_blocks(
+    query: Float[Array, "B 1 H E"],
+    key: Float[Array, "B 1 K E"],
+    value: Float[Array, "B 1 K E"],
+    cached_keys: Float[Array, "L B C K E"],
+    cached_values: Float[Array, "L B C K E"],
+    layer: Int[Array, ""],
+    lengths: Int[Array, " B"],
+    *,
+    block: int,
+) -> Float[Array, "B 1 H E"]:
+    """`attention_step` over the first `lengths[b]` positions of one layer's cache, `block` of them at a time.
+
+    Reads the cache up to the longest row's length and no further. A block that holds nothing of a row changes no bit of
+    that row's result, so it does not depend on the other rows' lengths.
+
+    Args
+      cached_keys, cached_values: of all layers, because a slice of one layer would be a copy before the loop.
+      block: positions, at most C.
+    """
+    batch, _, num_heads, head_dim = query.shape
+    num_kv_heads, capacity = key.shape[2], cached_keys.shape[2]
+    query = (query * head_dim**-0.5).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    size = (1, batch, block, num_kv_heads, head_dim)
+
+    def turn(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, mixed = carry
+        # the last block begins early where it would reach over the end; what it shares with the one before is masked
+        start = jnp.minimum(number * block, capacity - block)
+        keys, values = (
+            jax.lax.dynamic_slice(cached, (layer, 0, start, 0, 0), size)[0] for cached in (cached_keys, cached_values)
+        )
+        at = start + jnp.arange(block, dtype=jnp.int32)
+        mask = (at >= number * block)[None, :] & (at[None, :] < lengths[:, None])  # [B C]
+        scores = jnp.einsum("bkre,bcke->bkrc", query, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None, :], scores, MASKED_SCORE)
+        new_top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), top)
+        shrink, weights = jnp.exp(top - new_top), jnp.exp(scores - new_top)
+        added = jnp.einsum("bkrc,bcke->bkre", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+        return new_top, total, mixed * shrink + added
+
+    own = jnp.einsum("bkre,bke->bkr", query, key[:, 0], preferred_element_type=jnp.float32)[..., None]
+    own_value = jnp.broadcast_to(value.astype(jnp.float32).swapaxes(1, 2), query.shape)  # [B K R E]
+    longest = jnp.minimum(jnp.max(lengths), capacity)
+    blocks = (longest + block - 1) // block
+    _, total, mixed = jax.lax.fori_loop(0, blocks, turn, (own, jnp.ones_like(own), own_value))
+    return (mixed / total).reshape(batch, 1, num_heads, head_dim).astype(value.dtype)
