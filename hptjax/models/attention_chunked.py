@@ -138,7 +138,9 @@ def _forward(query: Array, key: Array, value: Array, places: _Places) -> tuple[A
         new_top = jnp.maximum(top, jnp.max(jnp.where(visible, scores, MASKED_SCORE), axis=-1))
         shrink = jnp.exp(top - new_top)
         weights = jnp.where(visible, jnp.exp(jnp.minimum(scores - new_top[..., None], 0.0)), 0.0)
-        added = jnp.einsum("bkrqp,bpke->bkrqe", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        added = jnp.einsum(
+            "bkrqp,bpke->bkrqe", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+        )
         totals = _put(totals, _at(totals, i) * shrink + jnp.sum(weights, axis=-1), i)
         mixes = _put(mixes, _at(mixes, i) * shrink[..., None] + added, i)
         return (_put(tops, new_top, i), totals, mixes), None

@@ -1,0 +1,227 @@
+"""Every form of attention against the plain one, forward and backward, and what each of them holds in memory."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hptjax.build.attention import SHORT_ROW_TOKENS, build_attention, choose_attention
+from hptjax.models.attention import attention_step, attention_step_in_blocks, reference_attention
+from hptjax.models.attention_chunked import chunked_attention, chunked_part
+from hptjax.models.attention_kernels import splash_kernel, splash_part
+from hptjax.models.decoder import decode_step, forward, prefill
+from hptjax.sharding.mesh import make_mesh
+from hptjax.sharding.rules import make_rules
+from tests.test_models import FAMILIES, packed_rows, random_params
+
+B, T, H, K, E = 2, 50, 6, 3, 8
+
+
+def rows(shape=(B, T, H, K, E), dtype=np.float32, seed=0):
+    """Query, key, value, segment ids with padding inside and at the end, and a cotangent that is 0 on padding."""
+    rows, positions, heads, kv_heads, head_dim = shape
+    rng = np.random.default_rng(seed)
+    query, cotangent = (rng.normal(size=(rows, positions, heads, head_dim)) for _ in range(2))
+    key, value = (rng.normal(size=(rows, positions, kv_heads, head_dim)) for _ in range(2))
+    segments = np.zeros((rows, positions), np.int32)
+    for row in range(rows):
+        cuts = np.sort(rng.choice(np.arange(1, positions), 4, replace=False))
+        for number, (start, end) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True), start=1):
+            segments[row, start:end] = number  # what lies past the last cut is padding
+    segments[0, :3] = 0
+    cotangent = cotangent * (segments > 0)[:, :, None, None]
+    return *(jnp.asarray(x, dtype) for x in (query, key, value)), jnp.asarray(segments), jnp.asarray(cotangent, dtype)
+
+
+def results(packed, query, key, value, segments, cotangent):
+    """The mixture, and the gradients of its product with the cotangent."""
+
+    def loss(query, key, value):
+        mixed = packed(segments)(query, key, value)
+        return jnp.sum(mixed.astype(jnp.float32) * cotangent.astype(jnp.float32)), mixed
+
+    (_, mixed), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+    return [np.asarray(x, np.float64) for x in (mixed, *gradients)]
+
+
+def check_equal(got, want, segments, tolerance):
+    live = np.asarray(segments) > 0
+    np.testing.assert_allclose(got[0][live], want[0][live], rtol=0, atol=tolerance)
+    for ours, theirs in zip(got[1:], want[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(1, np.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("block", [7, 16, 64])
+def test_chunked_attention_equals_the_reference_forward_and_backward(block):
+    inputs = rows()
+    got = results(functools.partial(chunked_attention, block=block), *inputs)
+    check_equal(got, results(reference_attention, *inputs), inputs[3], 2e-5)
+
+
+def test_chunked_attention_in_bf16_is_as_near_to_float32_as_the_reference():
+    inputs = rows(dtype=jnp.bfloat16)
+    wide = results(reference_attention, *(x.astype(jnp.float32) if x.dtype != jnp.int32 else x for x in inputs))
+    check_equal(results(functools.partial(chunked_attention, block=16), *inputs), wide, inputs[3], 0.03)
+    check_equal(results(reference_attention, *inputs), wide, inputs[3], 0.03)
+
+
+def test_chunked_attention_of_part_of_the_queries_is_that_part():
+    query, key, value, segments, _ = rows()
+    whole = np.asarray(reference_attention(segments)(query, key, value))
+    for first in (20, jnp.asarray(20)):
+        part = chunked_part(query[:, 20:33], key, value, segments[:, 20:33], segments, first, block=8)
+        live = np.asarray(segments[:, 20:33]) > 0
+        np.testing.assert_allclose(np.asarray(part)[live], whole[:, 20:33][live], rtol=0, atol=2e-5)
+
+
+def test_chunked_attention_query_that_sees_nothing_is_zero_with_zero_gradient():
+    query, key, value, _, cotangent = rows()
+    alone, others = jnp.full((B, T), 1, jnp.int32), jnp.full((B, T), 2, jnp.int32)
+
+    def packed(segments):
+        return lambda query, key, value: chunked_part(query, key, value, segments, others, 0, block=16)
+
+    for result in results(packed, query, key, value, alone, cotangent):
+        assert not result.any()
+
+
+@pytest.mark.parametrize("perturbed", [1, 2, 3])
+def test_chunked_attention_segments_do_not_see_each_other_bitwise(perturbed):
+    query, key, value, segments, _ = rows()
+    touched = np.asarray(segments) == perturbed
+    run = jax.jit(lambda q, k, v: chunked_attention(segments, block=16)(q, k, v))
+    before = np.asarray(run(query, key, value))
+    after = np.asarray(run(*(jnp.where(touched[:, :, None, None], x + 1, x) for x in (query, key, value))))
+    assert np.array_equal(before[~touched], after[~touched])
+    assert not np.array_equal(before[touched], after[touched])
+
+
+def temporary_bytes(packed, positions, kv_heads=2):
+    """Scratch memory of one attention's forward and backward pass, as the compiler states it."""
+    arguments = rows((1, positions, 4, kv_heads, 16))[:4]
+
+    def loss(query, key, value, segments):
+        return jnp.sum(packed(segments)(query, key, value) ** 2)
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_chunked_attention_memory_grows_with_the_row_and_not_with_its_square():
+    chunked = functools.partial(chunked_attention, block=128)
+    short, long = temporary_bytes(chunked, 1024), temporary_bytes(chunked, 2048)
+    assert long < 2.2 * short
+    assert long < 4 * 2048 * 2048 * 4 / 4  # a quarter of the scores of all heads
+    assert temporary_bytes(reference_attention, 2048) > 4 * 2048 * 2048 * 4  # the same reading finds them here
+
+
+# decoding
+
+
+def cache_case(seed=0):
+    rng = np.random.default_rng(seed)
+    layers, capacity = 2, 37
+    query = rng.normal(size=(4, 1, H, E)).astype(np.float32)
+    key, value = (rng.normal(size=(4, 1, K, E)).astype(np.float32) for _ in range(2))
+    keys, values = (rng.normal(size=(layers, 4, capacity, K, E)).astype(np.float32) for _ in range(2))
+    return query, key, value, keys, values
+
+
+@pytest.mark.parametrize("block", [1, 8, 37])
+def test_attention_step_in_blocks_equals_the_whole_cache(block):
+    query, key, value, keys, values = cache_case()
+    lengths = np.array([0, 5, 36, 37], np.int32)
+    step = jax.jit(functools.partial(attention_step_in_blocks, block=block))
+    for layer in range(2):
+        mask = np.arange(37)[None, :] < lengths[:, None]
+        whole = attention_step(query, key, value, keys[layer], values[layer], mask)
+        got = step(query, key, value, keys, values, jnp.asarray(layer), lengths)
+        np.testing.assert_allclose(got, whole, rtol=0, atol=2e-6)
+
+
+def test_attention_step_in_blocks_rows_do_not_depend_on_others_lengths_bitwise():
+    query, key, value, keys, values = cache_case()
+    step = jax.jit(functools.partial(attention_step_in_blocks, block=8))
+    alone = step(query, key, value, keys, values, jnp.asarray(1), np.array([9, 0, 0, 0], np.int32))
+    beside = step(query, key, value, keys, values, jnp.asarray(1), np.array([9, 37, 20, 3], np.int32))
+    assert np.array_equal(alone[0], beside[0])
+    stale = np.where(np.arange(37)[None, None, :, None, None] < 9, keys, 50.0).astype(np.float32)
+    dirty = step(query, key, value, stale, values, jnp.asarray(1), np.array([9, 37, 20, 3], np.int32))
+    assert np.array_equal(alone[0], dirty[0])
+
+
+def test_attention_of_decode_in_blocks_equals_forward():
+    config = FAMILIES["qwen3"]
+    params = random_params(config)
+    tokens, positions, segments = packed_rows(((18,), (18,), (18,)))
+    keywords = {"config": config, "compute_dtype": jnp.float32}
+    whole = np.asarray(forward(params, tokens, positions, segments, **keywords))
+    lengths = np.array([4, 7, 1], np.int32)
+    _, cache = prefill(params, tokens[:, :8], lengths, capacity=18, **keywords)
+    step = jax.jit(functools.partial(decode_step, cache_block=5, **keywords))
+    for _ in range(11):
+        hidden, cache = step(params, cache, tokens[np.arange(3), lengths], lengths)
+        np.testing.assert_allclose(hidden, whole[np.arange(3), lengths], rtol=0, atol=1e-5)
+        lengths = lengths + 1
+
+
+# splash
+
+
+def splash_packed(segments, *, heads, block=128):
+    kernel = splash_kernel(heads, segments.shape[1], segments.shape[1], block=block, interpret=True)
+    return lambda query, key, value: splash_part(kernel, query, key, value, segments, segments)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_splash_attention_interpreted_equals_the_reference_forward_and_backward(head_dim):
+    inputs = rows((1, 256, 4, 2, head_dim))
+    got = results(functools.partial(splash_packed, heads=4), *inputs)
+    check_equal(got, results(reference_attention, *inputs), inputs[3], 5e-5)
+
+
+# on meshes
+
+
+MESHES = {  # mesh sizes, kv heads
+    "sequence1": ({"sequence": 1, "data": 2}, 2),
+    "sequence2": ({"sequence": 2}, 2),
+    "sequence4": ({"sequence": 4, "data": 2}, 2),
+    "sequence2_tensor2": ({"sequence": 2, "tensor": 2, "fsdp": 2}, 2),
+    "tensor4_copies_kv_heads": ({"sequence": 2, "tensor": 4}, 2),
+    "tensor8_copies_one_kv_head": ({"tensor": 8}, 1),
+}
+
+
+def on_mesh(name, mesh, *, head_dim=E, block=8, interpret=False):
+    return build_attention(
+        name,
+        mesh=mesh,
+        rules=make_rules("fsdp"),
+        head_dim=head_dim,
+        dtype=jnp.float32,
+        block=block,
+        interpret=interpret,
+    )
+
+
+@pytest.mark.parametrize("kind", ["reference", "chunked"])
+@pytest.mark.parametrize("case", MESHES)
+def test_attention_on_a_mesh_equals_the_reference_forward_and_backward(case, kind, eight_devices):
+    sizes, kv_heads = MESHES[case]
+    mesh = make_mesh(**sizes, devices=eight_devices[: int(np.prod(list(sizes.values())))])
+    inputs = rows((2, 32, 8, kv_heads, E))
+    got = results(on_mesh(kind, mesh), *inputs)
+    check_equal(got, results(reference_attention, *inputs), inputs[3], 2e-5)
+
+
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_splash_attention_on_a_mesh_equals_the_reference_forward_and_backward(sequence, eight_devices):
+    mesh = make_mesh(sequence=sequence, tensor=2, devices=eight_devices[: 2 * sequence])
+    inputs = rows((1, 256, 2, 1, 64))
+    got = results(on_mesh("splash", mesh, head_dim=64, block=128, interpret=True), *inputs)
+    check_equal(got, results(reference_attention, *inputs), inputs[3], 5e-5)
