@@ -65,7 +65,13 @@ class ModelConfig:
     tokenizer: str | None = None  # folder of the tokenizer; None: the same as `model.path`
     preset: Preset | None = None  # where `model.path` is not set: a published model's shape instead of `model.shape`
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
-    remat: bool = False  # recompute activations in the backward pass: slower, less memory
+    remat: Literal["none", "full", "dots", "dots_no_batch", "attention", "offload"] = (
+        "none"  # what layers keep for the backward pass, see models/remat.py; "full" keeps least and computes most
+    )
+    attention: Literal["auto", "reference", "chunked", "splash", "cudnn"] = (
+        "auto"  # of packed rows, by platform and length; "chunked", "splash" and "cudnn" hold no scores
+    )
+    attention_block: int = 512  # side of an attention tile, and positions of a long cache read at a time
     logprob_chunk_tokens: int = 2048  # tokens whose logits exist at the same time
     shape: ShapeConfig = dataclasses.field(default_factory=ShapeConfig)
 

@@ -15,7 +15,7 @@ AT_LEAST_ONE = (
     "rollout.cache_capacity reward.workers batch.rows batch.row_tokens batch.max_segments batch.max_micro_batches "
     "train.steps train.updates_per_rollout_batch train.log_every eval.questions eval.samples_per_question "
     "checkpoint.every_steps checkpoint.keep_last mesh.replica mesh.data mesh.fsdp mesh.sequence mesh.tensor "
-    "model.logprob_chunk_tokens hpt.ranks hpt.logical_micro_tokens model.shape.hidden_size "
+    "model.logprob_chunk_tokens model.attention_block hpt.ranks hpt.logical_micro_tokens model.shape.hidden_size "
     "model.shape.num_layers model.shape.num_heads "
     "model.shape.num_kv_heads model.shape.head_dim model.shape.mlp_size model.shape.max_positions"
 ).split()

@@ -162,7 +162,7 @@ def memory_lines(config: Config, shape: ShapeConfig, vocab_size: int) -> list[st
     heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     kept_per_layer = (
         shape.hidden_size
-        if config.model.remat
+        if config.model.remat != "none"
         else 4 * shape.hidden_size + 2 * heads + 2 * kv + 3 * shape.mlp_size + shape.num_heads * config.batch.row_tokens
     )
     rows = [

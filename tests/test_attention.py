@@ -225,3 +225,44 @@ def test_splash_attention_on_a_mesh_equals_the_reference_forward_and_backward(se
     inputs = rows((1, 256, 2, 1, 64))
     got = results(on_mesh("splash", mesh, head_dim=64, block=128, interpret=True), *inputs)
     check_equal(got, results(reference_attention, *inputs), inputs[3], 5e-5)
+
+
+# which one
+
+
+CHOICE = {"tokens": 8192, "parts": 1, "head_dim": 128, "dtype": "bfloat16", "platform": "tpu", "block": 512}
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, "splash"),
+        ({"tokens": SHORT_ROW_TOKENS}, "reference"),
+        ({"parts": 4}, "splash"),
+        ({"tokens": 8200}, "chunked"),
+        ({"tokens": 8192 + 128}, "splash"),
+        ({"tokens": 8192 + 128, "parts": 2}, "chunked"),
+        ({"platform": "cpu"}, "chunked"),
+        ({"platform": "gpu"}, "cudnn"),
+        ({"platform": "gpu", "dtype": "float32"}, "chunked"),
+        ({"platform": "gpu", "head_dim": 256}, "chunked"),
+    ],
+)
+def test_attention_is_chosen_by_platform_and_shape(changes, chosen):
+    assert choose_attention("auto", **CHOICE | changes) == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("splash", {"platform": "cpu"}, "runs on TPU only, this is cpu"),
+        ("splash", {"tokens": 8200}, "a multiple of 128, got 8200"),
+        ("splash", {"head_dim": 96}, "got 96"),
+        ("cudnn", {}, "NVIDIA GPUs only, this is tpu"),
+        ("cudnn", {"platform": "gpu", "dtype": "float32"}, "model.compute_dtype is float32"),
+    ],
+)
+def test_attention_that_cannot_take_the_rows_is_refused_with_the_reason(name, changes, words):
+    with pytest.raises(ValueError, match=words) as error:
+        choose_attention(name, **CHOICE | changes)
+    assert "model.attention" in str(error.value)

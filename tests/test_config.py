@@ -56,7 +56,7 @@ def test_config_file_sets_fields_of_every_kind(write):
         write(
             SMALLEST
             + """
-            remat = true
+            remat = "full"
             [rollout]
             prompt_buckets = [8, 24]
             [optimizer]
@@ -72,7 +72,7 @@ def test_config_file_sets_fields_of_every_kind(write):
             """
         )
     )
-    assert config.model.remat is True
+    assert config.model.remat == "full"
     assert config.rollout.prompt_buckets == (8, 24)
     assert config.optimizer.learning_rate == 1.0
     assert isinstance(config.optimizer.learning_rate, float)
@@ -158,7 +158,8 @@ def flatten_attributes(node: typing.Any, prefix: str = "") -> dict[str, typing.A
         ("[train]\nsteps = 3.5", ["'train.steps' takes a whole number, got float 3.5"]),
         ("[train]\nsteps = true", ["'train.steps' takes a whole number, got bool true"]),
         ("[train]\nsteps = '3'", ["'train.steps' takes a whole number, got str \"3\""]),
-        ("[model]\nremat = 1", ["'model.remat' takes true or false, got int 1"]),
+        ("[telemetry]\nplot = 1", ["'telemetry.plot' takes true or false, got int 1"]),
+        ("[model]\nremat = true", ['\'model.remat\' takes one of "none", "full"', "got bool true"]),
         ("method = 'dpo'", ['\'method\' takes one of "hpt", "sft", "grpo", got str "dpo"']),
         ("[rollout]\nprompt_buckets = 8", ["'rollout.prompt_buckets' takes a list", "got int 8"]),
         ("[rollout]\nprompt_buckets = [8, 'x']", ["'rollout.prompt_buckets.1' takes a whole number"]),

@@ -4,6 +4,11 @@ Calls (jit, remat, custom_vjp ...) are followed as if they were written out, and
 constraints, optimization barriers, copies) is stepped over, so that an equation either computes something or is not
 seen. Branches and loops stay single operations, but what each of their results depends on is followed inside.
 
+A `shard_map` is one operation, followed inside: its body sees parts of its operands, so that nothing of it passes for
+an operation on the whole, but what each result depends on is that of the body. A Pallas kernel is not followed, because
+it writes to memory; each of its results depends on all of its operands and, if it does nothing but read and write its
+own blocks, on nothing else.
+
 Dependence is what may be: a value counts as reading an argument if any chain of operations leads there, also one that
 multiplies by zero. An operation that could hold anything (a callback, a custom call, a primitive with a function among
 its parameters that is not known here, an effect) makes its results depend on something unknown, by its name.
@@ -15,6 +20,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 Reads = frozenset[int | str]
@@ -47,6 +53,9 @@ OUTSIDE = (
     "infeed",
     "rng_uniform",
 )  # parts of names of what comes from elsewhere
+OUTSIDE_KERNEL = ("prng", "dma", "semaphore", "barrier", "delay")  # likewise, in a Pallas kernel
+OWN_BLOCKS = frozenset({"ReadEffect", "WriteEffect", "AccumEffect"})  # of a kernel on its own references
+PLACES = frozenset({"NamedAxisEffect"})  # of a collective or an axis index inside a shard_map: none on values
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,6 +118,8 @@ def _evaluate(equation: JaxprEqn, operands: tuple[Value, ...]) -> Sequence[Value
     follow = BRANCHES_AND_LOOPS.get(name)
     if follow is not None:
         parts = follow(equation.params, operands)
+    elif name == "pallas_call":
+        parts = _kernel(equation.params, operands, len(equation.outvars))
     else:
         unknown: Reads = frozenset({name}) if _may_hold_anything(equation) else NOTHING
         whole = Value(_reads(operands) | unknown, _data(operands) | unknown)
@@ -149,10 +160,41 @@ def _while(params: Mapping[str, Any], operands: tuple[Value, ...]) -> list[Value
     return _until_stable(list(operands[after:]), turn)[0]
 
 
+def _shard_map(params: Mapping[str, Any], operands: tuple[Value, ...]) -> list[Value]:
+    """Each result of the body on one device's parts; collectives mix the parts of their operand, not operands."""
+    inside = results(_closed(params["jaxpr"]), [_content(value) for value in operands])
+    return [_content(value) for value in inside]
+
+
+def _kernel(params: Mapping[str, Any], operands: tuple[Value, ...], count: int) -> list[Value]:
+    """Every result of a Pallas kernel on every operand, and on what it does besides reading and writing its blocks."""
+    foreign = _foreign(params["jaxpr"])
+    return [Value(_reads(operands) | foreign, _data(operands) | foreign)] * count
+
+
+def _foreign(program: Any) -> Reads:
+    """Names of a kernel's operations, at any depth, through which something else than its operands may come in."""
+    found: set[str] = set()
+    for equation in _closed(program).jaxpr.eqns:
+        name = equation.primitive.name
+        effects = {type(effect).__name__ for effect in equation.effects}
+        if any(part in name for part in (*OUTSIDE, *OUTSIDE_KERNEL)) or effects - OWN_BLOCKS:
+            found.add(name)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(inner):
+                found |= {str(name) for name in _foreign(inner)}
+    return frozenset(found)
+
+
+def _is_program(entry: Any) -> bool:
+    return isinstance(entry, (Jaxpr, ClosedJaxpr))
+
+
 BRANCHES_AND_LOOPS: dict[str, Callable[[Mapping[str, Any], tuple[Value, ...]], list[Value]]] = {
     "cond": _cond,
     "scan": _scan,
     "while": _while,
+    "shard_map": _shard_map,
 }
 
 
@@ -190,7 +232,8 @@ def _dtype(aval: Any) -> Any:
 
 def _may_hold_anything(equation: JaxprEqn) -> bool:
     name = equation.primitive.name
-    if equation.effects or any(part in name for part in OUTSIDE):
+    effects = {type(effect).__name__ for effect in equation.effects}
+    if effects - PLACES or any(part in name for part in OUTSIDE):
         return True
     return name not in PLAIN and any(_holds_function(entry) for entry in equation.params.values())
 

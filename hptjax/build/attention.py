@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hptjax.config import Config
 from hptjax.models.attention import (
     Attend,
     Implementation,
@@ -23,7 +24,7 @@ from hptjax.models.attention import (
     reference_attention,
     reference_part,
 )
-from hptjax.models.attention_chunked import chunked_attention, chunked_part
+from hptjax.models.attention_chunked import chunked_part
 from hptjax.models.attention_kernels import (
     cudnn_part,
     cudnn_refusal,
@@ -32,7 +33,8 @@ from hptjax.models.attention_kernels import (
     splash_part,
     splash_refusal,
 )
-from hptjax.sharding.rules import Rules, partition_spec
+from hptjax.models.shape import DecoderConfig
+from hptjax.sharding.rules import Rules, partition_spec, parts
 from hptjax.types import Array
 
 SHORT_ROW_TOKENS = 1024  # up to here `auto` takes the plain form: its [B H T T] scores are small, and it is the fastest
@@ -67,9 +69,46 @@ def choose_attention(
         return "cudnn" if refusals["cudnn"] is None else "chunked"
     if refusals.get(name) is not None:
         raise ValueError(
-            f'model.attention = "{name}" {refusals[name]}; change model.attention to "auto" or "chunked", or that number'
+            f'model.attention = "{name}" {refusals[name]}; change model.attention to "auto" or "chunked", or that field'
         )
     return name
+
+
+def training_attention(config: Config, shape: DecoderConfig, mesh: Mesh, rules: Rules) -> PackedAttention:
+    """What `model.attention` names, for the rows of a micro-batch.
+
+    Raises an implementation that cannot take them -> ValueError with the reason.
+    """
+    model = config.model
+    limits: dict[str, Any] = {"head_dim": shape.head_dim, "dtype": model.compute_dtype, "block": model.attention_block}
+    choose_attention(
+        model.attention,
+        tokens=config.batch.row_tokens,
+        parts=parts(mesh.shape, "time", rules),
+        platform=mesh.devices.flat[0].platform,
+        **limits,
+    )
+    return build_attention(model.attention, mesh=mesh, rules=rules, **limits)
+
+
+def prefill_attention(config: Config, shape: DecoderConfig, mesh: Mesh, rules: Rules) -> PackedAttention:
+    """What `model.attention` names, for prompts; `auto` where it names a kernel, whose limits are not theirs."""
+    name = config.model.attention
+    return build_attention(
+        name if name in ("reference", "chunked") else "auto",
+        mesh=mesh,
+        rules=rules,
+        head_dim=shape.head_dim,
+        dtype=config.model.compute_dtype,
+        block=config.model.attention_block,
+    )
+
+
+def cache_block(config: Config) -> int | None:
+    """Positions of the cache that a decode step reads at a time; None, the whole of it, where that is short."""
+    if config.model.attention == "reference" or config.rollout.cache_capacity <= SHORT_ROW_TOKENS:
+        return None
+    return config.model.attention_block
 
 
 def build_attention(
@@ -93,15 +132,13 @@ def build_attention(
         tokens = segment_ids.shape[1]
         spec = partition_spec(mesh, ("batch", "time"), segment_ids.shape, rules)
         time_axes = _names(spec, 1)
-        parts = math.prod(mesh.shape[axis] for axis in time_axes)
+        cuts = math.prod(mesh.shape[axis] for axis in time_axes)
         kind = choose_attention(
-            name, tokens=tokens, parts=parts, head_dim=head_dim, dtype=dtype, platform=platform, block=block
+            name, tokens=tokens, parts=cuts, head_dim=head_dim, dtype=dtype, platform=platform, block=block
         )
-        if kind == "reference" and parts == 1:
+        if kind == "reference" and cuts == 1:
             return reference_attention(segment_ids)
-        if kind == "chunked" and mesh.size == 1:
-            return chunked_attention(segment_ids, block=block)
-        side = block if kind != "splash" else splash_block(tokens // parts, block) or block
+        side = block if kind != "splash" else splash_block(tokens // cuts, block) or block
 
         def attend(query: Array, key: Array, value: Array) -> Array:
             cut = functools.partial(partition_spec, mesh, rules=rules)
@@ -110,7 +147,7 @@ def build_attention(
             heads = query.shape[2] // math.prod(mesh.shape[axis] for axis in _names(of_query, 2))
             kernel, of_kernel = None, None
             if kind == "splash":
-                kernel = splash_kernel(heads, tokens, tokens, block=side, parts=parts, interpret=interpret)
+                kernel = splash_kernel(heads, tokens, tokens, block=side, parts=cuts, interpret=interpret)
                 of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, time_axes or None)))
             if mesh.size == 1:
                 return _part(kind, kernel, side)(query, key, value, segment_ids, segment_ids, 0)

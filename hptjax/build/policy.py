@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hptjax.build.attention import cache_block, prefill_attention, training_attention
 from hptjax.build.mesh import build_mesh, check_mesh, rollout_rules, training_rules
 from hptjax.config import Config, ShapeConfig
 from hptjax.data.tokenizer import load_tokenizer
@@ -115,6 +116,7 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
     shardings = named_shardings(mesh, axes, shapes, rules)
     constrain = make_constrain(mesh, rules)
     dtype = jnp.dtype(config.model.compute_dtype)
+    attention = training_attention(config, shape, mesh, rules)
 
     def token_stats(want_entropy: bool) -> TokenStatsFn:
         def stats(params: Params, micro_batch: MicroBatch) -> TokenStats:
@@ -126,6 +128,7 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
                 config=shape,
                 compute_dtype=dtype,
                 constrain=constrain,
+                attention=attention,
                 remat=config.model.remat,
             )
             return token_logprobs(
@@ -154,8 +157,15 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
             capacity=rollout.cache_capacity,
             compute_dtype=dtype,
             constrain=constrain_rollout,
+            attention=prefill_attention(config, shape, mesh, decode_rules),
         ),
-        decode_step=partial(decoder.decode_step, config=shape, compute_dtype=dtype, constrain=constrain_rollout),
+        decode_step=partial(
+            decoder.decode_step,
+            config=shape,
+            compute_dtype=dtype,
+            constrain=constrain_rollout,
+            cache_block=cache_block(config),
+        ),
         unembedding=lambda params: decoder.unembedding(params, shape).astype(dtype),
         rollout_shardings=_rollout_shardings(mesh, decode_rules, shape, rollout.slots, rollout.cache_capacity)
         if mesh.size > 1

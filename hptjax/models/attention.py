@@ -1,8 +1,8 @@
 """Who may look at whom: attention over packed rows and over a cache, in the plain form and in blocks.
 
 A packed row holds several segments. A query sees the keys at or before it in its own segment and nothing else; padding
-(segment 0) sees padding. Query head h reads kv head h // (H / K); keys and values are never repeated. Scores and softmax
-are float32 whatever the operands are.
+(segment 0) sees padding. Query head h reads kv head h // (H / K); keys and values are never repeated. Scores and
+softmax are float32 whatever the operands are.
 
 Dims: B rows, T queries, S keys, H query heads, K kv heads, R = H / K, E head dim, C positions of a cache.
 """

@@ -173,7 +173,11 @@ def _backward(saved: tuple[Any, ...], gradient: Array) -> tuple[Array, Array, Ar
         d_value = _put(d_value, _at(d_value, j) + product("bkrqp,bkrqe->bpke", weights.astype(dtype), d_mixed), j)
         return (d_query, d_key, d_value), None
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
+    zeros = (
+        jnp.zeros(query.shape, jnp.float32),
+        jnp.zeros(key.shape, jnp.float32),
+        jnp.zeros(value.shape, jnp.float32),
+    )
     (d_query, d_key, d_value), _ = jax.lax.scan(turn, zeros, places.pairs)
     return d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype), None
 

@@ -5,7 +5,6 @@ Dims as in `hptjax.models.attention`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax

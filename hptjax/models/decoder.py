@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 
 from hptjax.models.attention import PackedAttention, attention_step, attention_step_in_blocks, reference_attention
 from hptjax.models.layers import Constrain, layer, rms_norm, unconstrained
+from hptjax.models.remat import Remat, rematerialised
 from hptjax.models.rope import rotation
 from hptjax.models.shape import DecoderConfig
 from hptjax.types import Array, Params
@@ -132,7 +133,7 @@ def forward(
     compute_dtype: Any,
     constrain: Constrain = unconstrained,
     attention: PackedAttention = reference_attention,
-    remat: bool = False,
+    remat: Remat = "none",
     unroll: int = 1,
 ) -> Float[Array, "B T D"]:
     """Hidden states of packed rows after the final norm; logits are `hidden @ unembedding(params, config)`.
@@ -144,7 +145,7 @@ def forward(
       positions: for the rotation; restart at 0 in each segment. segment_ids: 0 is padding.
       compute_dtype: weights are cast to it where they are used; norms and softmax stay float32.
       attention: segment ids [B T] -> attend, as `hptjax.models.attention` makes them.
-      remat: keep only the layers' inputs for the backward pass and recompute the rest.
+      remat: what the layers keep for the backward pass, see `hptjax.models.remat`.
       unroll: layers per turn of the scan; more compiles longer and copies less.
     """
     attend, turn = attention(segment_ids), rotation(positions, config)
@@ -153,7 +154,7 @@ def forward(
         return layer(hidden, weights, turn, attend, config=config, constrain=constrain)[0], None
 
     hidden = constrain(_embed(params, tokens, compute_dtype), ("batch", "time", "features"))
-    hidden, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, hidden, params["layers"], unroll=unroll)
+    hidden, _ = jax.lax.scan(rematerialised(body, remat), hidden, params["layers"], unroll=unroll)
     return rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
 
 

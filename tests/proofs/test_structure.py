@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import pallas
 
 import hptjax.train.step as shipped
 from hptjax.audit import dataflow
@@ -242,8 +243,39 @@ def test_t29_certifies_the_product_steps(configs, case, mesh):
 
 
 def test_t29_certifies_recomputation_chunks_and_skip_norm(configs):
-    changed = {"model": {"remat": True, "logprob_chunk_tokens": 64}, "optimizer": {"skip_norm": 9.0, "clip_norm": None}}
+    changed = {
+        "model": {"remat": "full", "logprob_chunk_tokens": 64},
+        "optimizer": {"skip_norm": 9.0, "clip_norm": None},
+    }
     check_certified(configs, ONE_DEVICE, changed, SFT | RL)
+
+
+@pytest.mark.parametrize("mesh", [ONE_DEVICE, MESH], ids=["one_device", "data4_tensor2"])
+def test_t29_certifies_chunked_attention(configs, mesh):
+    check_certified(configs, mesh, {"model": {"attention": "chunked", "attention_block": 16}}, SFT | RL)
+
+
+def test_t29_certifies_a_kernel_that_reads_its_operands_and_refuses_one_that_reads_more():
+    def with_kernel(body):
+        def losses(params, micro_batch):
+            plane = micro_batch.planes["toy"]
+            shape = jax.ShapeDtypeStruct(plane.weights.shape, jnp.float32)
+            doubled = pallas.pallas_call(body, out_shape=shape, interpret=True)(plane.weights)
+            plane = dataclasses.replace(plane, weights=doubled)
+            return toys.tanh_losses(params, dataclasses.replace(micro_batch, planes={"toy": plane}))
+
+        return losses
+
+    def doubles(read, write):
+        write[...] = 2.0 * read[...]
+
+    def asks(read, write):
+        jax.debug.print("{x}", x=read[0, 0])
+        write[...] = 2.0 * read[...]
+
+    assert certify(*toy(with_kernel(doubles))) == certify(*tanh_toy())
+    with pytest.raises(CertificateError, match="operations that can be followed, found `debug_"):
+        certify(*toy(with_kernel(asks)))
 
 
 def check_certified(configs, mesh, options, planes):
@@ -292,6 +324,12 @@ def in_a_loop(total, part, *_):
     return jax.lax.scan(lambda carry, _: (carry + part, None), total, None, length=1)[0]
 
 
+def on_each_device(total, part, *_):
+    everywhere = jax.sharding.PartitionSpec()
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    return jax.shard_map(jnp.add, mesh=mesh, in_specs=everywhere, out_specs=everywhere)(total, part)
+
+
 def planned_witness(sums, part, state, micro_batch, is_last):
     planned = micro_batch.planned_tokens.astype(jnp.float32)
     own = jnp.where(jnp.arange(toys.MAX_MICRO) == micro_batch.micro_index, planned, 0.0)
@@ -335,6 +373,7 @@ ADDS = {  # name: (add, what the message says)
         "one unconditional add .* found `cond`",
     ),
     "add_inside_scan": (each_leaf(in_a_loop), "one unconditional add .* found `scan`"),
+    "add_inside_shard_map": (each_leaf(on_each_device), "one unconditional add .* found `shard_map`"),
     "write_in_place": (
         each_leaf(lambda total, part, *_: jax.lax.dynamic_update_slice(total, total + part, (0,) * total.ndim)),
         "one unconditional add .* found `dynamic_update_slice`",
