@@ -79,16 +79,28 @@ def training_attention(config: Config, shape: DecoderConfig, mesh: Mesh, rules: 
 
     Raises an implementation that cannot take them -> ValueError with the reason.
     """
-    model = config.model
-    limits: dict[str, Any] = {"head_dim": shape.head_dim, "dtype": model.compute_dtype, "block": model.attention_block}
-    choose_attention(
-        model.attention,
-        tokens=config.batch.row_tokens,
-        parts=parts(mesh.shape, "time", rules),
-        platform=mesh.devices.flat[0].platform,
-        **limits,
+    training_implementation(config, shape, parts(mesh.shape, "time", rules), mesh.devices.flat[0].platform)
+    return build_attention(
+        config.model.attention,
+        mesh=mesh,
+        rules=rules,
+        head_dim=shape.head_dim,
+        dtype=config.model.compute_dtype,
+        block=config.model.attention_block,
     )
-    return build_attention(model.attention, mesh=mesh, rules=rules, **limits)
+
+
+def training_implementation(config: Config, shape: DecoderConfig, cuts: int, platform: str) -> Implementation:
+    """What `training_attention` is on a platform, with the time axis cut over so many devices."""
+    return choose_attention(
+        config.model.attention,
+        tokens=config.batch.row_tokens,
+        parts=cuts,
+        head_dim=shape.head_dim,
+        dtype=config.model.compute_dtype,
+        platform=platform,
+        block=config.model.attention_block,
+    )
 
 
 def prefill_attention(config: Config, shape: DecoderConfig, mesh: Mesh, rules: Rules) -> PackedAttention:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from hptjax.build.attention import cache_block, training_implementation
 from hptjax.config import Config
+from hptjax.models.attention import Implementation
 from hptjax.models.shape import DecoderConfig
 from hptjax.plan.count import Flops, forward_flops, train_flops
 
@@ -17,11 +19,12 @@ def program_flops(config: Config, shape: DecoderConfig, name: str) -> Flops:
     batch, rollout = config.batch, config.rollout
     positions = batch.rows * batch.row_tokens
     if name in ("train step", "score"):
-        pairs = packed_pairs(config, batch.rows, batch.row_tokens)
+        kind = training_implementation(config, shape, config.mesh.sequence, "tpu")
+        pairs = packed_pairs(config, kind)
         forward = forward_flops(shape, tokens=positions, pairs=pairs, logits=positions)
         if name == "score":
             return forward
-        return train_flops(forward, recomputed_layers=recomputed(config), flash=keeps_no_scores(config))
+        return train_flops(forward, recomputed_layers=recomputed(config), flash=kind != "reference")
     bucket = rollout.prompt_buckets[-1]
     if name == "prefill":
         pairs = float(rollout.prefill_rows * bucket * bucket)
@@ -33,25 +36,35 @@ def program_flops(config: Config, shape: DecoderConfig, name: str) -> Flops:
 
 
 def program_turns(config: Config, name: str) -> tuple[int, ...]:
-    """Turns of a program's loops whose length depends on data, the outermost first: tokens of a call."""
-    return (config.rollout.tokens_per_call,) if name == "decode" else ()
+    """Turns of a program's loops whose length depends on data, the outermost first: tokens of a call, then the blocks
+    of the cache where it is read in blocks."""
+    if name != "decode":
+        return ()
+    block = cache_block(config)
+    blocks = () if block is None else (-(-cached_positions(config) // block),)
+    return (config.rollout.tokens_per_call, *blocks)
 
 
-def packed_pairs(config: Config, rows: int, row_tokens: int) -> float:
-    """Pairs of queries and keys that the attention of the train step multiplies."""
-    return float(rows * row_tokens * row_tokens)
+def packed_pairs(config: Config, kind: Implementation) -> float:
+    """Pairs of queries and keys that the attention of the train step multiplies: all, or the tiles below the diagonal.
+
+    With the time axis cut, attention in tiles computes all of them, because every device runs the same program.
+    """
+    rows, tokens, block = config.batch.rows, config.batch.row_tokens, config.model.attention_block
+    if kind == "reference" or (kind == "chunked" and config.mesh.sequence > 1):
+        return float(rows * tokens * tokens)
+    return rows * tokens * (tokens + min(block, tokens)) / 2
 
 
 def cached_positions(config: Config) -> int:
-    """Positions of the cache that a decode step reads per slot."""
-    return config.rollout.cache_capacity
+    """Positions of the cache that a decode step reads per slot: all, or the blocks that hold what is cached halfway."""
+    rollout, block = config.rollout, cache_block(config)
+    if block is None:
+        return rollout.cache_capacity
+    halfway = rollout.prompt_buckets[-1] + rollout.max_completion_tokens // 2
+    return min(-(-halfway // block) * block, rollout.cache_capacity)
 
 
 def recomputed(config: Config) -> float:
-    """Share of the layers' forward pass that the backward pass does again."""
-    return 1.0 if config.model.remat else 0.0
-
-
-def keeps_no_scores(config: Config) -> bool:
-    """Whether attention makes its scores again in the backward pass instead of keeping them."""
-    return False
+    """Share of the layers' forward pass that the backward pass does again; of the matmuls, which dominate it."""
+    return 0.0 if config.model.remat in ("none", "dots", "dots_no_batch") else 1.0
