@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hptjax.build.attention import SHORT_ROW_TOKENS, build_attention, choose_attention
 from hptjax.models.attention import attention_step, attention_step_in_blocks, reference_attention
@@ -15,7 +17,7 @@ from hptjax.models.attention_chunked import chunked_attention, chunked_part
 from hptjax.models.attention_kernels import splash_kernel, splash_part
 from hptjax.models.decoder import decode_step, forward, prefill
 from hptjax.sharding.mesh import make_mesh
-from hptjax.sharding.rules import make_rules
+from hptjax.sharding.rules import make_rules, partition_spec
 from tests.test_models import FAMILIES, packed_rows, random_params
 
 B, T, H, K, E = 2, 50, 6, 3, 8
@@ -266,3 +268,70 @@ def test_attention_that_cannot_take_the_rows_is_refused_with_the_reason(name, ch
     with pytest.raises(ValueError, match=words) as error:
         choose_attention(name, **CHOICE | changes)
     assert "model.attention" in str(error.value)
+
+
+def collectives(text):
+    """The collectives of a compiled program by kind, with the shapes of their results."""
+    found = re.findall(
+        r"= (\S+) (all-gather|reduce-scatter|all-reduce|collective-permute|all-to-all)(?:-start)?\(", text
+    )
+    return {kind: sorted({shape.split("{")[0] for shape, name in found if name == kind}) for _, kind in found}
+
+
+def test_attention_over_a_cut_time_axis_gathers_keys_and_values_and_scatters_their_gradients(eight_devices):
+    mesh = make_mesh(sequence=4, tensor=2, devices=eight_devices)
+    inputs = rows((1, 512, 8, 2, 16))
+    packed = on_mesh("chunked", mesh, block=64)
+
+    def loss(query, key, value, segments, cotangent):
+        return jnp.sum(packed(segments)(query, key, value) * cotangent)
+
+    specs = [PartitionSpec(None, "sequence", "tensor")] * 3 + [PartitionSpec(None, "sequence")]
+    places = [NamedSharding(mesh, spec) for spec in (*specs, specs[0])]
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), in_shardings=places, out_shardings=tuple(places[:3]))
+    compiled = step.lower(*inputs).compile()
+    found = collectives(compiled.as_text())
+    assert found.keys() == {"all-gather", "reduce-scatter"}
+    assert found["all-gather"] == ["f32[1,512,1,16]", "s32[1,512]"]  # one kv head per device, never the queries
+    assert found["reduce-scatter"] == ["f32[1,128,1,16]"]
+    scores = 4 * 128 * 512 * 4  # of this device's queries, if they were held
+    assert compiled.memory_analysis().temp_size_in_bytes < scores
+
+
+@pytest.fixture(scope="module")
+def tpu_devices():
+    """Compile-only devices of an absent TPU; needs the extra `tpu`, and runs nothing."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "heads", "kv_heads"),
+    [({}, 8192, 28, 4), ({"tensor": 8}, 2048, 16, 2), ({"sequence": 4, "tensor": 2}, 32768, 28, 4)],
+    ids=["one_chip_8k", "kv_heads_copied", "sequence4_32k"],
+)
+def test_splash_attention_compiles_for_an_absent_tpu(sizes, tokens, heads, kv_heads, tpu_devices):
+    count = int(np.prod(list(sizes.values())))
+    mesh, rules = make_mesh(**sizes, devices=tpu_devices[:count]), make_rules("fsdp")
+    packed = build_attention("auto", mesh=mesh, rules=rules, head_dim=128, dtype="bfloat16", block=512)
+
+    def shaped(dtype, shape, *axes):
+        place = NamedSharding(mesh, partition_spec(mesh, axes, shape, rules))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    query = shaped(jnp.bfloat16, (1, tokens, heads, 128), "batch", "time", "heads", "head_dim")
+    key = shaped(jnp.bfloat16, (1, tokens, kv_heads, 128), "batch", "time", "kv_heads", "head_dim")
+    segments = shaped(jnp.int32, (1, tokens), "batch", "time")
+
+    def loss(query, key, value, segments):
+        return jnp.sum(packed(segments)(query, key, value).astype(jnp.float32))
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, key, segments).compile()
+    assert (
+        compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    )  # forward, and one per side of backward
+    assert compiled.memory_analysis().temp_size_in_bytes < tokens * tokens * 4
+    if "sequence" in sizes:
+        assert "all-gather" in collectives(compiled.as_text())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hptjax.losses.logprobs import token_logprobs
+from hptjax.sharding.mesh import make_mesh
+from hptjax.sharding.rules import make_rules, partition_spec
 
 B, T, D, V = 3, 7, 5, 11
 
@@ -208,3 +213,90 @@ def test_token_logprobs_keep_rows_on_their_devices(eight_devices):
     np.testing.assert_allclose(logprobs, want_logprobs, rtol=0, atol=1e-6)
     for x, y in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
+
+
+LOSS_MESHES = {
+    "one_device": {},
+    "tensor4": {"tensor": 4},
+    "sequence2_tensor2": {"sequence": 2, "tensor": 2},
+    "fsdp2_tensor2": {"fsdp": 2, "tensor": 2},
+}
+
+
+def compiled_loss(sizes, shape, vocabulary, dtype, devices, chunk_tokens, *, tied=False):
+    """The loss's gradient compiled for a mesh by the training table; the unembedding is a float32 parameter."""
+    mesh = make_mesh(**sizes, devices=devices[: math.prod(sizes.values())])
+    rules = make_rules("fsdp")
+
+    def shaped(dtype, *axes_and_sizes):
+        axes, sizes = zip(*axes_and_sizes, strict=True)
+        place = jax.sharding.NamedSharding(mesh, partition_spec(mesh, axes, sizes, rules))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    rows, positions, width = shape
+    hidden = shaped(dtype, ("batch", rows), ("time", positions), ("features", width))
+    targets = shaped(jnp.int32, ("batch", rows), ("time", positions))
+    sides = (("vocab", vocabulary), ("embed", width))
+    unembedding = shaped(jnp.float32, *(sides if tied else sides[::-1]))
+
+    def loss(hidden, unembedding, targets):
+        stats = token_logprobs(
+            hidden,
+            (unembedding.T if tied else unembedding).astype(dtype),
+            targets,
+            jnp.ones((rows, positions)),
+            chunk_tokens=chunk_tokens,
+            want_entropy=True,
+            time_parts=sizes.get("sequence", 1),
+        )
+        return stats.logprobs.sum() + stats.entropy.sum()
+
+    places = (hidden.sharding, unembedding.sharding)
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), out_shardings=(None, places))
+    return step.lower(hidden, unembedding, targets).compile(), (*places, targets.sharding)
+
+
+QWEN_VOCAB = 152_064  # Qwen2.5's, of the 7B
+
+
+@pytest.mark.parametrize(("dtype", "tied"), [(jnp.float32, False), (jnp.bfloat16, True)], ids=["fp32", "bf16_tied"])
+@pytest.mark.parametrize("case", LOSS_MESHES)
+def test_token_logprobs_memory_on_a_mesh_does_not_grow_with_vocabulary_times_tokens(case, dtype, tied, eight_devices):
+    sizes, width, chunk_tokens = LOSS_MESHES[case], 64, 256
+    short, long = (
+        compiled_loss(sizes, (2, positions, width), QWEN_VOCAB, dtype, eight_devices, chunk_tokens, tied=tied)[0]
+        .memory_analysis()
+        .temp_size_in_bytes
+        for positions in (1024, 2048)
+    )
+    added = 2 * 1024  # tokens
+    assert long - short < 8 * added * width * 4  # hidden states and what is read off per token
+    assert long - short < added * QWEN_VOCAB * 4 / 100
+    chunk, weights = (
+        chunk_tokens * QWEN_VOCAB * 4 / math.prod(sizes.values()),
+        QWEN_VOCAB * width * 4 / sizes.get("tensor", 1),
+    )
+    assert long < 4 * chunk + 4 * weights + 8 * 2 * 2048 * width * 4  # each device has its part of a chunk's logits
+
+
+@pytest.mark.parametrize("case", LOSS_MESHES)
+def test_token_logprobs_on_a_mesh_equal_the_naive_form(case, eight_devices):
+    rows, positions, width, vocabulary = 2, 24, 8, 40
+    step, places = compiled_loss(LOSS_MESHES[case], (rows, positions, width), vocabulary, np.float32, eight_devices, 8)
+    moved = re.findall(r"= \S+ (all-gather|all-to-all|collective-permute)(?:-start)?\(", step.as_text())
+    assert set(moved) <= ({"all-gather"} if "fsdp" in case else set())  # the weights alone, where they are cut
+    rng = np.random.default_rng(2)
+    hidden, unembedding = (
+        rng.normal(size=s).astype(np.float32) for s in ((rows, positions, width), (width, vocabulary))
+    )
+    targets = rng.integers(0, vocabulary, (rows, positions)).astype(np.int32)
+
+    def naive(hidden, unembedding):
+        logprobs = jax.nn.log_softmax(hidden @ unembedding)  # [B T V]
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        return jnp.take_along_axis(logprobs, targets[:, :, None], axis=-1).sum() + entropy.sum()
+
+    want = jax.value_and_grad(naive, argnums=(0, 1))(hidden, unembedding)
+    got = step(*jax.device_put((hidden, unembedding, targets), places))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)

@@ -24,7 +24,7 @@ from hptjax.rollout.engine import make_engine
 from hptjax.rollout.programs import DecodeStep, Prefill, RolloutShardings, Unembedding
 from hptjax.sharding.mesh import row_sharding
 from hptjax.sharding.reshard import make_reshard
-from hptjax.sharding.rules import Rules, make_constrain, named_shardings, replicated, shard_tree
+from hptjax.sharding.rules import Rules, make_constrain, named_shardings, parts, replicated, shard_tree
 from hptjax.train.objective import TokenStatsFn, per_token
 from hptjax.types import MicroBatch, Params
 
@@ -139,6 +139,7 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
                 chunk_tokens=config.model.logprob_chunk_tokens,
                 want_entropy=want_entropy,
                 live=micro_batch.completion_mask,
+                time_parts=parts(mesh.shape, "time", rules),
             )
 
         return stats

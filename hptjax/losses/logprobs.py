@@ -36,6 +36,7 @@ def token_logprobs(
     chunk_tokens: int,
     want_entropy: bool,
     live: Bool[Array, "B T"] | None = None,
+    time_parts: int = 1,
 ) -> TokenStats:
     """Log-probs (and entropy) of the targets under softmax(hidden @ unembedding / temperature).
 
@@ -52,8 +53,10 @@ def token_logprobs(
       want_entropy: whether to compute the entropy.
       live: True where the result counts, if known. Elsewhere the hidden state is not looked at (it may be NaN), the
         results are 0 and so is every gradient.
+      time_parts: over how many devices T is cut; each chunk takes as many positions from every part, so that no part
+        waits while another one's positions are looked at. Divides T.
     Returns TokenStats, fp32.
-    Raises chunk_tokens < 1 -> ValueError.
+    Raises chunk_tokens < 1, time_parts that do not divide T -> ValueError.
     Gradient flows through `hidden` and `unembedding`, of log-probs and entropy; logits are recomputed chunk by chunk.
       The unembedding's is added up in fp32 whatever its type; in bf16 compute the logits' cotangent is rounded to bf16
       before its two matmuls, as any bf16 layer does.
@@ -63,6 +66,9 @@ def token_logprobs(
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected at least 1, got {chunk_tokens}")
+    rows, positions = target_tokens.shape
+    if positions % time_parts:
+        raise ValueError(f"expected a number of positions that time_parts ({time_parts}) divides, got {positions}")
     if live is not None:
         hidden = jnp.where(live[:, :, None], hidden, 0)
         temperature = jnp.where(live, temperature, 1)
@@ -72,29 +78,38 @@ def token_logprobs(
     def chunk_stats(chunk: Any) -> TokenStats:
         return _stats(_project(chunk[0], unembedding), chunk[1], chunk[2], want_entropy)
 
-    rows, positions = target_tokens.shape
     if rows * positions <= chunk_tokens:
         stats = chunk_stats((hidden, target_tokens, temperature))
     else:
-        chunks = math.ceil(positions / max(1, chunk_tokens // rows))
-        width = math.ceil(positions / chunks)
-        pad = chunks * width - positions
-        xs = (
-            _cut(jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))), chunks, width),
-            _cut(jnp.pad(target_tokens, ((0, 0), (0, pad))), chunks, width),
-            _cut(jnp.pad(temperature, ((0, 0), (0, pad)), constant_values=1), chunks, width),
+        part = positions // time_parts
+        chunks = math.ceil(part / max(1, chunk_tokens // (rows * time_parts)))
+        width = math.ceil(part / chunks)
+        xs = tuple(
+            _cut(x, time_parts, chunks, width, pad) for x, pad in ((hidden, 0), (target_tokens, 0), (temperature, 1))
         )
         recomputed = jax.checkpoint(chunk_stats, prevent_cse=False)  # a loop's body needs no guard against CSE
         _, stacked = jax.lax.scan(lambda carry, chunk: (carry, recomputed(chunk)), None, xs)
-        stats = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :positions], stacked)  # [B T]
+        stats = jax.tree.map(lambda x: _joined(x, time_parts, part), stacked)  # [B T]
     if live is not None:
         stats = jax.tree.map(lambda x: jnp.where(live, x, 0), stats)
     return stats
 
 
-def _cut(x: Any, chunks: int, width: int) -> Any:
-    """[B, chunks * C, ...] -> [chunks, B, C, ...]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], chunks, width, *x.shape[2:]), 1, 0)
+def _cut(x: Any, parts: int, chunks: int, width: int, pad: int) -> Any:
+    """[B, T, ...] -> [chunks, B, C, ...] with C = parts * width; every part is padded to chunks * width."""
+    rows, positions, *rest = x.shape
+    x = x.reshape(rows, parts, positions // parts, *rest)
+    room = chunks * width - positions // parts
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, room), *[(0, 0)] * len(rest)], constant_values=pad)
+    x = jnp.moveaxis(x.reshape(rows, parts, chunks, width, *rest), 2, 0)
+    return x.reshape(chunks, rows, parts * width, *rest)
+
+
+def _joined(x: Any, parts: int, part: int) -> Any:
+    """[chunks, B, C] -> [B, T], the reverse of `_cut`."""
+    chunks, rows, tokens = x.shape
+    x = jnp.moveaxis(x.reshape(chunks, rows, parts, tokens // parts), 0, 2)  # [B parts chunks width]
+    return x.reshape(rows, parts, -1)[:, :, :part].reshape(rows, parts * part)
 
 
 def _stats(
