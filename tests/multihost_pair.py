@@ -1,29 +1,58 @@
-"""One process of a real run of two: the tiny run through the command line, with a fault where a test wants one.
+"""One of the processes of a real run of two: tiny runs one after the other, with a fault where a test wants one.
 
-`test_multihost.py` starts it twice: python -m tests.multihost_pair CONFIG.toml FAULT OPTIONS...
+`test_multihost.py` starts it twice: python -m tests.multihost_pair FOLDER PORT PROCESS ACT...
+Each act is a run of its own name. What became of it is written to FOLDER/outcome_<process>.json.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
+import pytest
 
 import hptjax.build.data as build_data
 import hptjax.build.parts as build_parts
+import hptjax.build.run as build_run
 import hptjax.train.loop as loop
 from hptjax import cli
+from hptjax.config import Config, DistributedConfig, MeshConfig, ShapeConfig
+from hptjax.data.stream import QuestionStream
+from hptjax.errors import exit_status
+from hptjax.rewards.pool import RewardPool
+from hptjax.sharding.peers import HERE
 from tests import tiny
+from tests.test_bad_input import config_file
 
+STEPS = 3
 FAULTY = 1  # the process that a fault happens in
+SHAPE = ShapeConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=32)
 
 
-def at_step(step: int, act: Callable[[], None]) -> None:
-    """Acts once, in the faulty process, when the judge is first asked in this step (0-based, in training)."""
+def pair_config(folder: Path, name: str, **distributed) -> Config:
+    """Three steps over two devices, evaluated at their ends, saved after each."""
+    config = tiny.tiny_config(folder, name=name, mesh=MeshConfig(data=2))
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, shape=SHAPE),
+        train=dataclasses.replace(config.train, steps=STEPS, eval_every=0, rollouts_every=1),
+        eval=dataclasses.replace(config.eval, train_questions=0),
+        distributed=DistributedConfig(**distributed),
+    )
+
+
+@contextlib.contextmanager
+def at_step(step: int, act: Callable[[], None]) -> Iterator[None]:
+    """Acts in the faulty process before it judges the rollouts of a step, counted from 0."""
     judge = loop.judge_rollouts
 
     def judge_rollouts(open_step, judged):
@@ -31,54 +60,150 @@ def at_step(step: int, act: Callable[[], None]) -> None:
             act()
         judge(open_step, judged)
 
-    loop.judge_rollouts = judge_rollouts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "judge_rollouts", judge_rollouts)
+        yield
 
 
-def bad_row() -> None:
-    """A training question of one process that cannot be read."""
+@contextlib.contextmanager
+def before_rollouts(step: int, act: Callable[[], None]) -> Iterator[None]:
+    """Acts in the faulty process at the first call of the sampler in a step, past all meetings before it."""
+    roll_out = loop.roll_out
+
+    def wrapped(open_step, params, *, sample, **options):
+        def sampled(*arguments, **more):
+            if jax.process_index() == FAULTY and open_step.step == step:
+                act()
+            return sample(*arguments, **more)
+
+        return roll_out(open_step, params, sample=sampled, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "roll_out", wrapped)
+        yield
+
+
+@contextlib.contextmanager
+def bad_row() -> Iterator[None]:
+    """A row of one process's data that cannot be read."""
     build = build_data.build_examples
 
     def build_examples(config, task):
         if jax.process_index() == FAULTY:
-            raise ValueError("expected a row with a prompt, got row 17 of data.jsonl without one")
+            raise ValueError("expected a row with a prompt, got row 17 without one")
         return build(config, task)
 
-    build_data.build_examples = build_examples
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_data, "build_examples", build_examples)
+        yield
 
 
-def fail() -> None:
-    raise ValueError("expected reward.functions to answer, got a worker that cannot be started")
+@contextlib.contextmanager
+def dead_worker(call: int) -> Iterator[None]:
+    """The reward worker of one process dies before its n-th call: the first is the first that it is used for."""
+    score, calls = RewardPool.score, []
+
+    def killed(pool, *arguments):
+        calls.append(pool)
+        if jax.process_index() == FAULTY and len(calls) == call:
+            os.kill(pool.process_ids[0], signal.SIGKILL)
+        return score(pool, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewardPool, "score", killed)
+        yield
 
 
-def hang() -> None:
-    time.sleep(1000)
+def oversleep() -> None:
+    """Comes late: by then the other has waited for longer than it may."""
+    time.sleep(6)
 
 
-def ask_to_stop() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+@contextlib.contextmanager
+def short_limit() -> Iterator[None]:
+    """From the second step on, nobody is waited for longer than two seconds; compiling is over by then."""
+    make_step = loop._step
+
+    def step(stage, state, progress, world, cadence):
+        HERE.timeout_s = 2.0 if progress.step == 1 else HERE.timeout_s
+        return make_step(stage, state, progress, world, cadence)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_step", step)
+        yield
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def freeze() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-FAULTS: dict[str, Callable[[], None]] = {
-    "none": lambda: None,
-    "bad_row": bad_row,
-    "reward": lambda: at_step(1, fail),
-    "hang": lambda: at_step(1, hang),
-    "sigterm": lambda: at_step(1, ask_to_stop),
-    "kill": lambda: at_step(2, die),
-    "freeze": lambda: at_step(1, freeze),
+FAULTS: dict[str, Callable[[], list[contextlib.AbstractContextManager]]] = {
+    "bad_row": lambda: [bad_row()],
+    "worker": lambda: [dead_worker(1)],
+    "late": lambda: [short_limit(), at_step(1, oversleep)],
+    "stop": lambda: [dead_worker(2), at_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))],
+    "kill": lambda: [at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL))],
+    "stuck": lambda: [short_limit(), before_rollouts(1, lambda: time.sleep(1000))],
+    "freeze": lambda: [short_limit(), at_step(1, lambda: os.kill(os.getpid(), signal.SIGSTOP))],
 }
 
 
+def outcome(config: Config, fault: str) -> dict[str, object]:
+    """What a run ends with: its error in words and the status that a shell would see."""
+    try:
+        with contextlib.ExitStack() as faults:
+            for entry in FAULTS.get(fault, list)():
+                faults.enter_context(entry)
+            summary = tiny.train(config)
+    except SystemExit as stop:
+        return {"status": stop.code, "message": "stopped"}
+    except Exception as error:
+        return {"status": exit_status(error), "message": f"{type(error).__name__}: {error}"}
+    return {"status": 0, "message": "", "summary": summary}
+
+
+def dropped(folder: Path, name: str) -> dict[str, dict[str, int]]:
+    """How many questions a run has dropped, by split and reason; nothing where it did not get so far."""
+    record = folder / "runs" / name / "data.json"
+    return json.loads(record.read_text())["dropped"] if record.exists() else {}
+
+
+@contextlib.contextmanager
+def compiled_once() -> Iterator[None]:
+    """Inside the block all runs share the compiled programs of the first; their configs differ by their names alone."""
+    build_policy, build_stages = build_parts.build_policy, build_run.build_stages
+    policies: list[Any] = []
+    stages: list[Any] = []
+
+    def same_policy(config):
+        policies.extend([] if policies else [build_policy(config)])
+        return policies[0]
+
+    def same_stages(config, policy, questions):
+        stages.extend([] if stages else build_stages(config, policy, questions))
+        stream = QuestionStream(questions, questions_per_step=config.data.questions_per_step, seed=config.seed)
+        return [dataclasses.replace(stages[0], stream=stream)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_parts, "build_policy", same_policy)
+        patch.setattr(build_run, "build_stages", same_stages)
+        yield
+
+
+def main(folder: Path, port: str, process: str, acts: list[str]) -> None:
+    """All acts, each NAME or NAME:FAULT; or, after "cli", one of them through the command line."""
+    joined = {"mode": "explicit", "coordinator": f"localhost:{port}", "processes": 2, "process": int(process)}
+    if acts[0] == "cli":
+        name, _, fault = acts[1].partition(":")
+        file = config_file(pair_config(folder, name, **joined), folder / f"{name}_{process}.toml")
+        with contextlib.ExitStack() as faults:
+            for entry in FAULTS.get(fault, list)():
+                faults.enter_context(entry)
+            with tiny.hashed():
+                cli.main(["train", file])
+    found = {}
+    with compiled_once():
+        for act in acts:
+            name, _, fault = act.partition(":")
+            found[act] = outcome(pair_config(folder, name, **joined), fault) | {"dropped": dropped(folder, name)}
+    (folder / f"outcome_{process}.json").write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
-    file, fault, *options = sys.argv[1:]
-    FAULTS[fault]()
-    build_parts.build_judge = tiny.hash_judge
-    cli.main(["train", file, *options])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])

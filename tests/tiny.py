@@ -7,9 +7,11 @@ kill a process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +82,21 @@ def tiny_config(folder: Path, **changes: Any) -> Config:
     return config
 
 
-def train(config: Config) -> dict[str, Any]:
-    """The product's own `train`, with the hash for a verifier."""
+@contextlib.contextmanager
+def hashed() -> Iterator[None]:
+    """Inside the block every run has the hash for a verifier."""
     before = build_parts.build_judge
     build_parts.build_judge = hash_judge
     try:
-        return build_run.train(config, quiet=True)
+        yield
     finally:
         build_parts.build_judge = before
+
+
+def train(config: Config) -> dict[str, Any]:
+    """The product's own `train`, with the hash for a verifier."""
+    with hashed():
+        return build_run.train(config, quiet=True)
 
 
 def as_off_policy(config: Config) -> Config:

@@ -19,7 +19,7 @@ from hptjax.records import Judge, Question, Sample, Verdict
 from hptjax.rewards.pool import RewardPool
 from hptjax.rundir import compile_cache_folder
 from hptjax.sharding.agree import check_same, in_shares
-from hptjax.sharding.peers import several
+from hptjax.sharding.peers import phase, several
 
 TRAIN_KEY, EVALUATION_KEY = 0, 1  # what the run's random key is split by
 DIGEST_BYTES = 1 << 20
@@ -41,7 +41,9 @@ class Parts:
 def open_parts(config: Config) -> Iterator[Parts]:
     """Model, data, verifier workers and evaluator of a config; the workers end with the block."""
     use_compile_cache()
+    phase("loading the model")
     policy = build_policy(config)
+    phase("preparing the questions")
     task = build_task(config.task)
     with RewardPool(workers=config.reward.workers, deadline_s=config.reward.deadline_s) as pool:
         questions = build_questions(config, task, policy.tokenizer, pool)

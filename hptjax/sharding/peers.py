@@ -20,7 +20,6 @@ from jax._src import distributed as jax_distributed  # the public module does no
 from hptjax.errors import CRASHED, FailedElsewhere
 
 BEAT_S = 1.0  # between two words of where a process stands
-ROOT = "hptjax"
 
 
 @dataclasses.dataclass
@@ -28,11 +27,13 @@ class Place:
     """Where this process stands. There is one of it, as there is one jax.distributed in a process.
 
     Args
-      meetings: how many it has come to. what: its phase or meeting, in words. waits: how many waits for others are
-        under way. changes: of the above. since: the last change, monotonic s.
+      run: which run of this process, counted; what earlier ones have left in the store is not seen. meetings: how many
+        it has come to. what: its phase or meeting, in words. waits: how many waits for others are under way.
+      changes: of the above. since: the last change, monotonic s.
       timeout_s: how long others are waited for. failed: the run has failed, here or elsewhere.
     """
 
+    run: int = 0
     meetings: int = 0
     what: str = "start"
     waits: int = 0
@@ -48,8 +49,19 @@ class Place:
         self.changes += 1
         self.since = time.monotonic()
 
+    def begin(self, timeout_s: float) -> None:
+        """Begins another run."""
+        self.run += 1
+        self.meetings, self.waits, self.failed, self.timeout_s = 0, 0, False, timeout_s
+        self.change(what="start")
+
 
 HERE = Place()
+
+
+def key(*path: Any) -> str:
+    """A key of the present run in the store."""
+    return "/".join(["hptjax", str(HERE.run), *map(str, path)])
 
 
 def several() -> bool:
@@ -94,17 +106,17 @@ def gather(payload: bytes, what: str) -> list[bytes]:
         return [payload]
     index, count = jax.process_index(), jax.process_count()
     HERE.meetings += 1
-    meeting = f"{ROOT}/meeting/{HERE.meetings}"
+    meeting = key("meeting", HERE.meetings)
     store().key_value_set_bytes(f"{meeting}/{index}", pack([what.encode(), payload]))
     before = HERE.what
     HERE.change(what=what)
     with waiting():
         if is_first():
-            brought = [_awaited(f"{meeting}/{other}", meeting, what) for other in range(count)]
+            brought = [_awaited(f"{meeting}/{other}", meeting) for other in range(count)]
             store().key_value_set_bytes(f"{meeting}/all", pack(brought))
-            store().key_value_delete(f"{ROOT}/meeting/{HERE.meetings - 1}/")  # everyone is past it
+            store().key_value_delete(key("meeting", HERE.meetings - 1, ""))  # everyone is past it
         else:
-            brought = unpack(_awaited(f"{meeting}/all", meeting, what))
+            brought = unpack(_awaited(f"{meeting}/all", meeting))
     HERE.change(what=before)
     parts = [unpack(part) for part in brought]
     for other, (name, _) in enumerate(parts):
@@ -116,20 +128,20 @@ def gather(payload: bytes, what: str) -> list[bytes]:
     return [part for _, part in parts]
 
 
-def _awaited(key: str, meeting: str, what: str) -> bytes:
+def _awaited(name: str, meeting: str) -> bytes:
     """The value of a key, once it is there."""
     # process 0 gives up first, so that all hear the same names from it
     end = time.monotonic() + HERE.timeout_s + (0.0 if is_first() else 3 * BEAT_S)
     while True:
         try:
-            return store().blocking_key_value_get_bytes(key, int(BEAT_S * 1000))
+            return store().blocking_key_value_get_bytes(name, int(BEAT_S * 1000))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
         if known := failure():
             raise known
         if time.monotonic() > end:
-            came = {name.rpartition("/")[2] for name, _ in store().key_value_dir_get_bytes(f"{meeting}/")}
+            came = {other.rpartition("/")[2] for other, _ in store().key_value_dir_get_bytes(f"{meeting}/")}
             raise missing([other for other in range(jax.process_count()) if str(other) not in came] or [0])
 
 
@@ -153,12 +165,12 @@ def missing(processes: Sequence[int], limit_s: float | None = None) -> FailedEls
 def report_failure(message: str, status: int) -> None:
     """Tells the others that the run has failed here, and with which status they are to end."""
     note = json.dumps({"message": message, "what": HERE.what, "status": status})
-    store().key_value_set(f"{ROOT}/failed/{jax.process_index()}", note, allow_overwrite=True)
+    store().key_value_set(key("failed", jax.process_index()), note, allow_overwrite=True)
 
 
 def failure() -> FailedElsewhere | None:
     """What another process has reported, as this one's error."""
-    for name, note in store().key_value_dir_get(f"{ROOT}/failed/"):
+    for name, note in store().key_value_dir_get(key("failed", "")):
         process, said = int(name.rpartition("/")[2]), json.loads(note)
         if process != jax.process_index():
             return FailedElsewhere(f"process {process} failed at '{said['what']}': {said['message']}", said["status"])
@@ -168,13 +180,13 @@ def failure() -> FailedElsewhere | None:
 def say_place(beat: int) -> None:
     """Tells the others where this process stands. `beat` must grow."""
     place = {"what": HERE.what, "waits": HERE.waits, "meetings": HERE.meetings, "changes": HERE.changes, "beat": beat}
-    store().key_value_set(f"{ROOT}/place/{jax.process_index()}", json.dumps(place), allow_overwrite=True)
+    store().key_value_set(key("place", jax.process_index()), json.dumps(place), allow_overwrite=True)
 
 
 def places() -> dict[int, dict[str, Any]]:
     """Where every process said last that it stands."""
     return {
-        int(name.rpartition("/")[2]): json.loads(place) for name, place in store().key_value_dir_get(f"{ROOT}/place/")
+        int(name.rpartition("/")[2]): json.loads(place) for name, place in store().key_value_dir_get(key("place", ""))
     }
 
 

@@ -3,7 +3,7 @@
 Inside `shared_fate` a thread of each process tells the others once a second where this one stands. It ends the process
 
 - where another has failed and this one does not come to a meeting where it would be told,
-- where another says nothing for the limit, as a killed or stopped process does,
+- where another says nothing for a minute (or the limit, if that is shorter), as a killed or stopped process does,
 - where this one has waited for the limit and another has not moved for as long.
 """
 
@@ -23,8 +23,8 @@ from hptjax.errors import FailedElsewhere, exit_status, raised_here
 from hptjax.sharding.peers import (
     BEAT_S,
     HERE,
-    ROOT,
     failure,
+    key,
     missing,
     others,
     places,
@@ -36,6 +36,7 @@ from hptjax.sharding.peers import (
 
 GRACE_S = 10.0  # for a process to come to a meeting and end by itself, once another has failed
 SILENT_S = 6.0  # an error that nobody explains is laid to a process that says nothing for so long
+LOST_S = 60.0  # a process that says nothing for so long has ended or was stopped, whatever the limit for waiting is
 
 
 @contextlib.contextmanager
@@ -50,7 +51,7 @@ def shared_fate(timeout_s: float) -> Iterator[None]:
     if not several():
         yield
         return
-    HERE.timeout_s = timeout_s
+    HERE.begin(timeout_s)
     over = threading.Event()
     thread = threading.Thread(target=_watch, args=(over,), name="hptjax-watchdog", daemon=True)
     thread.start()
@@ -80,11 +81,11 @@ def leave(status: int) -> None:
     if not HERE.failed:
         return
     with contextlib.suppress(Exception):
-        store().key_value_set(f"{ROOT}/left/{jax.process_index()}", "")
+        store().key_value_set(key("left", jax.process_index()), "")
         end = time.monotonic() + GRACE_S + 5 * BEAT_S
         seen, heard = places(), dict.fromkeys(others(), time.monotonic())
         while jax.process_index() == 0 and time.monotonic() < end:
-            left = {int(name.rpartition("/")[2]) for name, _ in store().key_value_dir_get(f"{ROOT}/left/")}
+            left = {int(name.rpartition("/")[2]) for name, _ in store().key_value_dir_get(key("left", ""))}
             now = places()
             heard |= {other: time.monotonic() for other in others() if now.get(other) != seen.get(other)}
             seen = now
@@ -147,7 +148,8 @@ def _watch(over: threading.Event) -> None:
             continue
         late = _late(now, heard, moved)
         if late:
-            lost = missing(late)
+            last = max(min(heard[other], moved[other]) for other in late)
+            lost = missing(late, round(time.monotonic() - last))
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 report_failure(str(lost), lost.status)
             _end(lost)
@@ -158,8 +160,8 @@ def _late(now: Mapping[int, Mapping[str, Any]], heard: Mapping[int, float], move
 
     One that waits at the same place, or further on, is not late: then the work itself is long.
     """
-    limit_s, clock = HERE.timeout_s + 2 * BEAT_S, time.monotonic()  # a meeting that notices it first ends more cleanly
-    silent = [other for other in others() if clock - heard[other] > limit_s]
+    limit_s, clock = HERE.timeout_s + 4 * BEAT_S, time.monotonic()  # a meeting that notices it first ends more cleanly
+    silent = [other for other in others() if clock - heard[other] > min(limit_s, LOST_S)]
     if silent or not HERE.waits or clock - HERE.since < limit_s:
         return silent
     return [
