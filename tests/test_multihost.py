@@ -14,12 +14,21 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from hptjax.config import DistributedConfig, MeshConfig
+from hptjax.models import decoder
+from hptjax.models.folder import load_folder, save_folder
+from hptjax.models.folder_slices import folder_shape, load_placed, read_part
+from hptjax.models.keys import CheckpointKey
+from hptjax.models.shape import DecoderConfig
 from hptjax.sharding import distributed
+from hptjax.sharding.host import to_host
+from hptjax.sharding.mesh import make_mesh
 from hptjax.sharding.peers import pack, unpack
+from hptjax.sharding.rules import named_shardings
 from tests import tiny
 from tests.multihost_pair import STEPS, pair_config
 
@@ -184,9 +193,10 @@ def test_multihost_frozen_process_ends_the_other(tmp_path):
 
 @pytest.mark.slow
 def test_multihost_process_that_never_comes_to_a_program_ends_the_other(tmp_path):
-    """The other waits inside a program on the devices, where only the watchdog's thread can end it."""
-    assert statuses(tmp_path, ["cli", "whole:stuck"], first_only=True) == [1, None]
+    """The other waits inside a program on the devices: only the watchdog's thread can end it, and then the first."""
+    assert statuses(tmp_path, ["cli", "whole:stuck"]) == [1, 1]
     assert "for process 1 (distributed.timeout_s): process 1 was last at 'rollout'" in log(tmp_path, 0)
+    assert "hptjax: process 0 failed at 'rollout'" in log(tmp_path, 1)
 
 
 # Without a second process
@@ -270,3 +280,69 @@ def test_multihost_packed_bytes_come_back():
     parts = [b"", b"abc", bytes(range(256)) * 3]
     assert unpack(pack(parts)) == parts
     assert unpack(pack([])) == []
+
+
+# What a process reads of a model folder
+
+
+class Stored:
+    """A stored tensor that counts the numbers that were read of it."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.read = array, 0
+
+    def __getitem__(self, index):
+        part = self.array[index]
+        self.read += part.size
+        return part
+
+
+@pytest.mark.parametrize(
+    ("path", "input_axes", "shape", "ranges"),
+    [
+        (("layers", "query"), 1, (3, 8, 4, 6), ((0, 3), (4, 8), (2, 4), (0, 6))),  # [L D H E], D and H cut
+        (("layers", "output"), 2, (3, 4, 6, 8), ((1, 3), (2, 4), (0, 6), (0, 4))),  # [L H E D]
+        (("layers", "query_bias"), None, (3, 4, 6), ((0, 3), (1, 3), (0, 6))),  # stored [H E] as one axis
+        (("embedding",), None, (10, 8), ((5, 10), (4, 8))),
+        (("unembedding",), 1, (8, 10), ((0, 8), (5, 10))),
+    ],
+)
+def test_multihost_part_of_a_parameter_reads_no_more_than_itself(path, input_axes, shape, ranges):
+    name = ".".join(path) + (".{layer}" if path[0] == "layers" else "") + (".bias" if path[-1] == "query_bias" else "")
+    entry = CheckpointKey(path, name, input_axes)
+    whole = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    layers = whole if path[0] == "layers" else [whole]
+    stored = {name.format(layer=number): Stored(entry.to_stored(layer)) for number, layer in enumerate(layers)}
+    part = read_part(entry, shape, ranges, stored.__getitem__)
+    np.testing.assert_array_equal(part, whole[tuple(slice(*each) for each in ranges)])
+    assert sum(tensor.read for tensor in stored.values()) == part.size
+
+
+def test_multihost_part_along_an_inner_axis_is_cut_after_reading():
+    entry = CheckpointKey(("layers", "query"), "q.{layer}", 1)
+    whole = np.arange(2 * 8 * 4 * 6, dtype=np.float32).reshape(2, 8, 4, 6)
+    stored = {f"q.{number}": Stored(entry.to_stored(layer)) for number, layer in enumerate(whole)}
+    part = read_part(entry, whole.shape, ((0, 2), (0, 8), (0, 4), (3, 6)), stored.__getitem__)
+    np.testing.assert_array_equal(part, whole[..., 3:6])
+
+
+@pytest.mark.parametrize("stored_dtype", ["float32", "bfloat16"])
+def test_multihost_folder_is_placed_on_a_mesh_as_it_is_read_whole(tmp_path, eight_devices, stored_dtype):
+    config = DecoderConfig(
+        vocab_size=16, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_size=16,
+        attention_bias=True, qk_norm=False, tie_embeddings=False,
+    )  # fmt: skip
+    params = to_host(decoder.init_params(jax.random.key(0), config))
+    save_folder(tmp_path, config, params, dtype=stored_dtype)
+    mesh = make_mesh(fsdp=2, tensor=4, devices=eight_devices)
+    shardings = named_shardings(mesh, decoder.logical_axes(config), shapes=decoder.param_shapes(config))
+    assert folder_shape(tmp_path) == config
+    placed, expected = load_placed(tmp_path, shardings), load_folder(tmp_path)[1]
+    assert jax.tree.structure(placed) == jax.tree.structure(expected)
+    for leaf, whole, sharding in zip(*map(jax.tree.leaves, (placed, expected, shardings)), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        np.testing.assert_array_equal(to_host(leaf), whole)
+    assert not placed["layers"]["query"].sharding.is_fully_replicated
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_placed(tmp_path, shardings)

@@ -17,7 +17,7 @@ from hptjax.config import Config, ShapeConfig
 from hptjax.data.tokenizer import load_tokenizer
 from hptjax.losses.logprobs import TokenStats, token_logprobs
 from hptjax.models import decoder
-from hptjax.models.folder import load_folder
+from hptjax.models.folder_slices import folder_shape, load_placed
 from hptjax.models.presets import PRESETS
 from hptjax.models.shape import DecoderConfig
 from hptjax.rollout.engine import make_engine
@@ -76,12 +76,11 @@ def build_policy(config: Config) -> Policy:
     check_mesh(config)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
     if config.model.path is not None:
-        shape, params = load_folder(Path(config.model.path))
+        shape = folder_shape(Path(config.model.path))
     else:
         shape = from_scratch(config.model.shape, len(tokenizer))
         if config.model.preset is not None:
             shape = PRESETS[config.model.preset]
-        params = decoder.init_params(jax.random.key(config.seed), shape)
     if len(tokenizer) > shape.vocab_size:
         raise ValueError(
             f"expected a tokenizer with at most {shape.vocab_size} tokens, the model's vocabulary, got "
@@ -89,7 +88,10 @@ def build_policy(config: Config) -> Policy:
         )
     mesh = build_mesh(config)
     model = build_functions(config, shape, mesh)
-    params = shard_tree(params, model.shardings)
+    if config.model.path is not None:
+        params = load_placed(Path(config.model.path), model.shardings)
+    else:
+        params = shard_tree(decoder.init_params(jax.random.key(config.seed), shape), model.shardings)
     rollout = config.rollout
     sample = make_engine(
         prefill=model.prefill,

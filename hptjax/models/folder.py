@@ -6,6 +6,7 @@ else is an error that names the keys, because a weight that was silently dropped
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -43,16 +44,27 @@ def load_folder(path: str | os.PathLike[str]) -> tuple[DecoderConfig, Params]:
     another shape -> ValueError (FileNotFoundError for a file).
     """
     folder = pathlib.Path(path)
-    raw = _read_json(folder / CONFIG_FILE)
-    config, keys = read_config(raw)
+    config, keys = read_config(read_json(folder / CONFIG_FILE))
     tensors = _read_tensors(folder)
+    check_shapes(folder, config, keys, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     shapes = traverse_util.flatten_dict(param_shapes(config))
-    expected = _expected(keys, shapes, config.num_layers)
-    missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    flat = {entry.path: _gather(entry, tensors, shapes[entry.path]) for entry in keys if entry.path in shapes}
+    return config, traverse_util.unflatten_dict(flat)
+
+
+def check_shapes(
+    folder: pathlib.Path,
+    config: DecoderConfig,
+    keys: Sequence[CheckpointKey],
+    found: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raises ValueError, naming the keys, where the tensors of a folder are not those of its config."""
+    expected = _expected(keys, traverse_util.flatten_dict(param_shapes(config)), config.num_layers)
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     wrong = [
-        f"{name} (expected {list(expected[name])}, found {list(tensors[name].shape)})"
-        for name in sorted(set(expected) & set(tensors))
-        if tuple(tensors[name].shape) != expected[name]
+        f"{name} (expected {list(expected[name])}, found {list(found[name])})"
+        for name in sorted(set(expected) & set(found))
+        if found[name] != expected[name]
     ]
     problems = [
         f"{what}: {_shown(names)}"
@@ -61,8 +73,6 @@ def load_folder(path: str | os.PathLike[str]) -> tuple[DecoderConfig, Params]:
     ]
     if problems:
         raise ValueError(f"the checkpoint in {folder} does not fit its {CONFIG_FILE}: keys " + "; keys ".join(problems))
-    flat = {entry.path: _gather(entry, tensors, shapes[entry.path]) for entry in keys if entry.path in shapes}
-    return config, traverse_util.unflatten_dict(flat)
 
 
 def save_folder(path: str | os.PathLike[str], config: DecoderConfig, params: Params, *, dtype: Any) -> None:
@@ -245,23 +255,32 @@ def _gather(entry: CheckpointKey, tensors: Mapping[str, np.ndarray], shape: tupl
 
 
 def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every tensor of the folder, from one file or from the shards its index lists."""
-    files = [WEIGHTS_FILE]
-    if (folder / INDEX_FILE).exists():
-        files = sorted(set(_read_json(folder / INDEX_FILE)["weight_map"].values()))
+    """Every tensor of the folder."""
     tensors: dict[str, np.ndarray] = {}
-    for name in files:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"expected the weights {name} in {folder}, found none; change model.path")
-        try:
-            with safe_open(folder / name, framework="np") as opened:
-                tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name} is not a whole safetensors file: {error}") from error
+    with contextlib.ExitStack() as files:
+        for opened in open_files(folder, files):
+            tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
     return tensors
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def open_files(folder: pathlib.Path, files: contextlib.ExitStack) -> list[Any]:
+    """The folder's weights, opened: one file, or the shards that its index lists; they are closed with `files`."""
+    names = [WEIGHTS_FILE]
+    if (folder / INDEX_FILE).exists():
+        names = sorted(set(read_json(folder / INDEX_FILE)["weight_map"].values()))
+    opened = []
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"expected the weights {name} in {folder}, found none; change model.path")
+        try:
+            opened.append(files.enter_context(safe_open(folder / name, framework="np")))
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is not a whole safetensors file: {error}") from error
+    return opened
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder."""
     if not path.is_file():
         raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none; change model.path")
     try:

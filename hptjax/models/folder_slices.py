@@ -1,0 +1,118 @@
+"""The weights of a Hugging Face folder straight onto their devices: every process reads what its devices hold.
+
+stored on disk   q_proj.weight [H E, D]           ours   [L D H E], cut over D and H
+a device's part  layers 0..L, D 8..16, H 2..4     reads  rows 2 E..4 E, columns 8..16 of L tensors
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from hptjax.models.decoder import param_shapes
+from hptjax.models.folder import CONFIG_FILE, check_shapes, open_files, read_config, read_json
+from hptjax.models.keys import CheckpointKey
+from hptjax.models.shape import DecoderConfig
+from hptjax.types import Params
+
+Index = tuple[slice, ...]
+
+
+def folder_shape(path: str | os.PathLike[str]) -> DecoderConfig:
+    """The shape of the model in a folder, from its config alone. Raises as `load_folder`."""
+    return read_config(read_json(pathlib.Path(path) / CONFIG_FILE))[0]
+
+
+def load_placed(path: str | os.PathLike[str], shardings: Any) -> Params:
+    """The parameters of a folder as float32 device arrays, each process reading the parts that its own devices hold.
+
+    Args
+      shardings: of every parameter, in the tree of `hptjax.models.decoder`.
+
+    Raises as `load_folder`.
+    """
+    folder = pathlib.Path(path)
+    config, keys = read_config(read_json(folder / CONFIG_FILE))
+    shapes, places = traverse_util.flatten_dict(param_shapes(config)), traverse_util.flatten_dict(shardings)
+    with contextlib.ExitStack() as files:
+        tensors = {
+            name: opened.get_slice(name)
+            for opened in open_files(folder, files)
+            for name in opened.keys()  # noqa: SIM118 (not a dict)
+        }
+        check_shapes(folder, config, keys, {name: tuple(part.get_shape()) for name, part in tensors.items()})
+        flat = {
+            entry.path: jax.make_array_from_callback(
+                shapes[entry.path], places[entry.path], _reader(entry, shapes[entry.path], tensors.__getitem__)
+            )
+            for entry in keys
+            if entry.path in shapes
+        }
+    return traverse_util.unflatten_dict(flat)
+
+
+def _reader(
+    entry: CheckpointKey, shape: tuple[int, ...], tensor: Callable[[str], Any]
+) -> Callable[[Index | None], Any]:
+    """The function that reads a part of a parameter; a part that several devices hold is read once."""
+    known: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def read(index: Index | None) -> np.ndarray:
+        ranges = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+        if ranges not in known:
+            known[ranges] = read_part(entry, shape, ranges, tensor)
+        return known[ranges]
+
+    return read
+
+
+def read_part(
+    entry: CheckpointKey,
+    shape: Sequence[int],
+    ranges: Sequence[tuple[int, int]],
+    tensor: Callable[[str], Any],
+) -> np.ndarray:
+    """A part of a parameter, float32.
+
+    Args
+      shape: of the whole parameter. ranges: (start, stop) of the part along each of its axes.
+      tensor: key -> what can be sliced as the stored tensor.
+    """
+    if entry.path[0] != "layers":
+        return _read_matrix(entry, shape, ranges, tensor(entry.key))
+    part = np.empty([stop - start for start, stop in ranges], np.float32)
+    for place, number in enumerate(range(*ranges[0])):
+        part[place] = _read_matrix(entry, shape[1:], ranges[1:], tensor(entry.key.format(layer=number)))
+    return part
+
+
+def _read_matrix(
+    entry: CheckpointKey, shape: Sequence[int], ranges: Sequence[tuple[int, int]], stored: Any
+) -> np.ndarray:
+    """A part of one stored tensor in our layout: whole blocks along the first of the axes that it stores as one."""
+    axes = list(range(len(shape)))
+    if entry.input_axes is not None:
+        groups = [axes[entry.input_axes :], axes[: entry.input_axes]]  # stored as [outputs, inputs]
+    elif len(entry.stored_shape(tuple(shape))) == len(shape):
+        groups = [[axis] for axis in axes]
+    else:
+        groups = [axes]
+    blocks: list[slice] = []
+    inner: dict[int, tuple[int, int]] = {}
+    for group in groups:
+        (start, stop), rest = ranges[group[0]], math.prod(shape[axis] for axis in group[1:])
+        blocks.append(slice(start * rest, stop * rest))
+        inner |= {group[0]: (0, stop - start)} | {axis: ranges[axis] for axis in group[1:]}
+    read = np.asarray(stored[tuple(blocks)]).astype(np.float32)
+    firsts = {group[0] for group in groups}
+    sizes = [inner[axis][1] if axis in firsts else shape[axis] for axis in axes]
+    ours = (read if entry.input_axes is None else read.T).reshape(sizes)
+    return ours[tuple(slice(*inner[axis]) for axis in axes)]
