@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from hptjax.sharding.host import finished
@@ -49,7 +50,8 @@ def make_mesh(
         too. sequence: parts of a row's time axis. tensor: parts of heads, mlp and vocabulary.
       devices: default the first of all; several processes must use all of theirs.
 
-    Raises sizes below 1, too few devices, devices of several processes left over -> ValueError.
+    Raises sizes below 1, too few devices, devices of several processes left over, replicas that do not divide over the
+    slices of the devices -> ValueError.
     """
     sizes = {REPLICA: replica, DATA: data, FSDP: fsdp, SEQUENCE: sequence, TENSOR: tensor}
     product = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "mesh.data=1"
@@ -63,9 +65,19 @@ def make_mesh(
         raise ValueError(
             f"{product} is {wanted} of {len(available)} devices; with several processes the mesh must use them all"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=available[:wanted]
-    )
+    used, kinds = available[:wanted], (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", None) or 0 for device in used})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=used)
+    if replica % slices:
+        raise ValueError(
+            f"expected mesh.replica to be a multiple of the {slices} slices that the devices lie on, got {replica}: only "
+            "replicas may be apart; change mesh.replica"
+        )
+    inside = {**sizes, REPLICA: replica // slices}
+    outside = [slices if axis == REPLICA else 1 for axis in AXES]
+    grid = mesh_utils.create_hybrid_device_mesh(list(inside.values()), outside, devices=used)
+    return Mesh(grid, AXES, axis_types=kinds)
 
 
 def row_sharding(mesh: Mesh, rules: Rules = FSDP_RULES) -> NamedSharding:
