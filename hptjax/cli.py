@@ -242,6 +242,9 @@ def command_plan(arguments: list[str]) -> int:
         raise ValueError(f"expected the path of a file in an existing folder, got '{options.json}'; change --json.")
     if options.slices < 1:
         raise ValueError(f"expected at least 1 slice, got {options.slices}; change --slices.")
+    from hptjax.plan.environment import expect_no_chips
+
+    expect_no_chips()
     from hptjax.plan.command import plan_command
 
     return plan_command(

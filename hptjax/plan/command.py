@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 
 from hptjax.config import Config
-from hptjax.plan.chips import parse_topology
+from hptjax.config_batch import mesh_sizes
+from hptjax.models.shape import DecoderConfig
+from hptjax.plan.chips import Slices, parse_topology
 from hptjax.plan.model import decoder_shape
 from hptjax.plan.plan import Plan, make_plan
-from hptjax.plan.report import print_plan, to_json
+from hptjax.plan.report import print_plan, print_ranking, to_json
+from hptjax.plan.search import candidates, largest_multiple
+from hptjax.plan.topology import compile_only_devices, mesh_for
 from hptjax.rundir import compile_cache_folder
 
-# libtpu looks for the chips of this machine, and complains of each thing that it does not find
-WITHOUT_CHIPS = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
+COMPILED_CANDIDATES = 4  # of a search
+TOKENS_OF_A_MICRO_BATCH = 2**24 - 1  # the train step refuses more, see `train.accumulate`
+REMATS: tuple[Any, ...] = (True, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What one topology is planned with.
+
+    Args
+      devices: compile-only ones. cache: folder of earlier results. say: told what is being compiled.
+    """
+
+    shape: DecoderConfig
+    slices: Slices
+    devices: list[Any]
+    cache: pathlib.Path | None
+    say: Callable[[str], None]
+
+    def plan(self, config: Config, only: tuple[str, ...] | None = None) -> Plan:
+        """The plan of a config whose mesh fits."""
+        return make_plan(config, self.shape, self.slices, self.devices, cache=self.cache, only=only, say=self.say)
 
 
 def plan_command(
@@ -45,21 +64,82 @@ def plan_command(
     """
     wanted = [parse_topology(text) for text in topologies]
     wanted = [dataclasses.replace(one, count=slices) if one.count == 1 else one for one in wanted]
-    for name, value in WITHOUT_CHIPS.items():
-        os.environ.setdefault(name, value)
-    from hptjax.plan.topology import compile_only_devices, mesh_for
-
+    configs = [config if search else mesh_for(config, one) for one in wanted]
     shape = decoder_shape(config)
     folder = cache or compile_cache_folder() / "plan"
-    console = Console(stderr=True, highlight=False)
     plans: list[Plan] = []
-    configs = [(one, config if search else mesh_for(config, one)) for one in wanted]
-    for one, its_config in configs:
+    for one, its_config in zip(wanted, configs, strict=True):
         devices = compile_only_devices(one)
-        with console.status("compiling") as status:
-            say = status.update if console.is_terminal else lambda line: print(f"compiling {line}", file=sys.stderr)
-            plans.append(make_plan(its_config, shape, one, devices, cache=folder, say=say))
-        print_plan(plans[-1], sys.stdout)
+        with progress() as say:
+            asked = Asked(shape, one, devices, folder, say)
+            plan = best_plan(asked, its_config) if search else asked.plan(its_config)
+            if largest and not search:
+                plan = dataclasses.replace(plan, largest_rows=largest_rows(asked, its_config, plan))
+        plans.append(plan)
+        print_plan(plan, sys.stdout)
     if json_path is not None:
         json_path.write_text(to_json(plans), encoding="utf-8")
     return 1 if any(plan.too_large() for plan in plans) else 0
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Gives the function that is told what is being compiled: a spinner on a terminal, plain lines elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda line: print(f"compiling {line}", file=sys.stderr, flush=True)
+        return
+    with console.status("compiling") as status:
+        yield lambda line: status.update(f"compiling {line}")
+
+
+def largest_rows(asked: Asked, config: Config, plan: Plan) -> int:
+    """The largest `batch.rows` with which the train step fits; 0 where it never does."""
+    sizes = mesh_sizes(config)
+
+    def peak(rows: int) -> float:
+        if rows == plan.rows:
+            found = plan
+        else:
+            asked.say(f"{rows} rows")
+            changed = dataclasses.replace(config, batch=dataclasses.replace(config.batch, rows=rows))
+            found = asked.plan(changed, only=("train step",))
+        return float("inf") if found.too_large() and "train step" in found.too_large() else train_peak(found)
+
+    return largest_multiple(
+        peak,
+        unit=sizes["replica"] * sizes["data"] * sizes["fsdp"],
+        start=plan.rows,
+        room=float(plan.usable_bytes),
+        most=TOKENS_OF_A_MICRO_BATCH // config.batch.row_tokens,
+    )
+
+
+def train_peak(plan: Plan) -> float:
+    """Bytes of the train step of a plan."""
+    return plan.programs["train step"].peak_bytes
+
+
+def best_plan(asked: Asked, config: Config) -> Plan:
+    """The full plan of the best of the compiled candidates; prints how they rank.
+
+    Raises no candidate that may fit -> ValueError that says what the smallest would need.
+    """
+    found = candidates(config, asked.shape, asked.slices, REMATS)
+    if not found:
+        raise ValueError(
+            f"expected a mesh of {asked.slices.name} on which {asked.shape.num_layers} layers of "
+            f"{asked.shape.hidden_size} fit and batch.rows, rollout.slots and rollout.prefill_rows divide, got none; "
+            "change --topology, or make them multiples of its chips"
+        )
+    ranked: list[tuple[float, Plan, Config]] = []
+    for candidate in found[:COMPILED_CANDIDATES]:
+        asked.say(f"candidate: {candidate.config.mesh}")
+        plan = asked.plan(candidate.config, only=("train step",))
+        train = plan.programs["train step"]
+        seconds = train.time.seconds or float("inf")
+        speed = 0.0 if plan.too_large() else plan.rows * plan.row_tokens / seconds
+        ranked.append((speed, plan, candidate.config))
+    ranked.sort(key=lambda entry: -entry[0])
+    print_ranking([(speed, plan) for speed, plan, _ in ranked], len(found), sys.stdout)
+    return asked.plan(ranked[0][2])

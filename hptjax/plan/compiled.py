@@ -129,6 +129,9 @@ def _exchanged(moved: Moved, slice_of: Sequence[int], update: bool) -> list[Exch
     sums: dict[tuple[str, int, int], Exchanged] = {}
     for entry in moved.collectives:
         slices = len({slice_of[place] for place in entry.group if place < len(slice_of)}) or 1
+        if entry.between_slices:
+            slices = len(set(slice_of))
+            entry = dataclasses.replace(entry, group=tuple(range(slices)))
         key = (entry.kind, len(entry.group), slices)
         before = sums.get(key, Exchanged(*key, 0, 0.0, 0.0, 0.0, update))
         sent = entry.wire_bytes

@@ -40,6 +40,26 @@ def mesh_words(plan: Plan) -> str:
     return " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "of one device"
 
 
+def print_ranking(ranked: list[tuple[float, Plan]], considered: int, file: TextIO) -> None:
+    """Writes the compiled candidates of a search, best first: (tokens per second of the train step, plan)."""
+    table = Table(
+        title=f"{considered} candidates may fit; these were compiled (tokens/s estimated, at most)",
+        title_justify="left",
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("mesh")
+    for name in ("batch.rows", "remat", "peak GiB", "train tokens/s"):
+        table.add_column(name, justify="right")
+    table.add_column("bound by")
+    for speed, plan in ranked:
+        train = plan.programs["train step"]
+        shown = f"{speed:,.0f}" if speed else "too large"
+        cells = (mesh_words(plan), str(plan.rows), plan.remat, gib(train.peak_bytes), shown, train.time.bottleneck)
+        table.add_row(*cells)
+    Console(file=file, width=WIDTH, highlight=False).print(table)
+
+
 def memory_table(plan: Plan) -> Table:
     """Bytes per device: what is held, and the peak of each program against the memory."""
     table = Table(title="Memory per device", title_justify="left", show_edge=False, pad_edge=False)

@@ -7,6 +7,7 @@ loops in loops too; of a conditional the branch that moves more is counted.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from hptjax.plan.groups import first_group
@@ -15,8 +16,9 @@ from hptjax.plan.hlo import Computation, Instruction, Program, arrays, parse, si
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id "
-    "opt-barrier optimization-barrier async-start async-update async-done iota".split()
+    "opt-barrier optimization-barrier async-start async-update async-done iota send recv".split()
 )
+MOVES_NOTHING = ('"AllocateBuffer"', '"SliceId"', '"AssumeGatherIndicesInBound"')  # custom calls
 READ_IN_PART = ("dynamic-slice", "slice", "gather")
 LARGEST = 8  # buffers that are listed
 SMALLEST_LISTED = 1 << 20
@@ -28,8 +30,8 @@ class Collective:
 
     Args
       bytes: of the whole array that the group gathers or reduces, each time. group: positions in the mesh of one group.
-      times: how often it runs in one call of the program.
-      where: its place in the traced program.
+      times: how often it runs in one call of the program. where: its place in the traced program.
+      between_slices: whether the hosts carry it from slice to slice; the text then does not name the group.
     """
 
     kind: str
@@ -37,6 +39,7 @@ class Collective:
     group: tuple[int, ...]
     times: int
     where: str
+    between_slices: bool = False
 
     @property
     def wire_bytes(self) -> float:
@@ -137,8 +140,15 @@ def _moved(program: Program, name: str, turns: tuple[int, ...], *, apart: bool =
 
 
 def _collectives(program: Program, entry: Instruction, channels: set[str]) -> tuple[Collective, ...]:
-    """The collectives that an instruction is or, as a fusion or an asynchronous call, holds; each channel once."""
+    """The collectives that an instruction is or, as a fusion or an asynchronous call, holds; each channel once.
+
+    Exchanges between slices are written as a `send` to the hosts with the name of the collective.
+    """
     kind = entry.opcode.removesuffix("-start")
+    hosts = re.search(r'_xla_megascale_transfer_type="(\w+)"', entry.attributes) if entry.opcode == "send" else None
+    if hosts:
+        sent = size_of(entry.type.partition("]")[0] + "]")
+        return (Collective(hosts[1].lower().replace("_", "-"), sent, (), 1, entry.op_name, between_slices=True),)
     if kind in KINDS:
         channel = entry.attribute("channel_id")
         if channel and channel in channels:
@@ -175,6 +185,8 @@ def memory_bytes(program: Program, computation: Computation, entry: Instruction)
     A slice reads what it takes, an update in place writes what it changes, and inside a fusion likewise.
     """
     if entry.opcode in FREE or entry.opcode.endswith("-done"):
+        return 0.0
+    if entry.opcode == "custom-call" and any(name in entry.attributes for name in MOVES_NOTHING):
         return 0.0
     written = size_of(entry.type, hbm_only=True)
     sources = [computation.instructions[name] for name in entry.operands if name in computation.instructions]

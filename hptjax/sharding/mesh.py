@@ -71,8 +71,8 @@ def make_mesh(
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=used)
     if replica % slices:
         raise ValueError(
-            f"expected mesh.replica to be a multiple of the {slices} slices that the devices lie on, got {replica}: only "
-            "replicas may be apart; change mesh.replica"
+            f"expected mesh.replica to be a multiple of the {slices} slices that the devices lie on, got {replica}: "
+            "only replicas may be apart; change mesh.replica"
         )
     inside = {**sizes, REPLICA: replica // slices}
     outside = [slices if axis == REPLICA else 1 for axis in AXES]

@@ -1,0 +1,137 @@
+"""Which mesh, how many rows and which remat policy: an analytic look at all of them, the compiler's word on the best.
+
+The analytic model is coarse on purpose: it only decides what is worth compiling. What is reported was compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from hptjax.build.mesh import check_mesh
+from hptjax.config import Config, MeshConfig
+from hptjax.config_batch import mesh_sizes
+from hptjax.models.shape import DecoderConfig
+from hptjax.plan.chips import Slices
+from hptjax.plan.count import layer_weights
+from hptjax.plan.operations import program_flops
+from hptjax.plan.topology import with_mesh
+
+STATE_BYTES = 16  # fp32 parameters, two moments and the sums
+GRADIENT_BYTES, COMPUTE_BYTES = 4, 2
+KEPT_PER_TOKEN = {"full": 1.0, "none": 18.0}  # arrays of D entries (about) that a layer keeps for its backward pass
+HEADROOM = 0.95  # of the memory: what the analytic model may fill
+MOST_TENSOR = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A config with another mesh, rows and remat, and the analytic model's word: bytes and tokens/s per device."""
+
+    config: Config
+    bytes: float
+    tokens_per_s: float
+
+
+def candidates(config: Config, shape: DecoderConfig, slices: Slices, remats: Sequence[Any]) -> list[Candidate]:
+    """All that divide and may fit, the most promising first."""
+    found = []
+    for mesh in meshes(slices):
+        parts = mesh.replica * mesh.data * mesh.fsdp
+        for per_part in (1, 2, 4, 8, 16):
+            for remat in remats:
+                changed = with_choice(config, mesh, per_part * parts, remat)
+                if divides(changed):
+                    candidate = judged(changed, shape, slices)
+                    if candidate.bytes <= HEADROOM * slices.chip.usable_bytes:
+                        found.append(candidate)
+    return sorted(found, key=lambda candidate: (-candidate.tokens_per_s, candidate.bytes))
+
+
+def meshes(slices: Slices) -> Iterator[MeshConfig]:
+    """Every way to cut a slice's chips into data, fsdp, sequence and tensor by powers of two; slices are replicas."""
+    chips = slices.chips_per_slice
+    powers = [2**power for power in range(int(math.log2(chips)) + 1)]
+    for tensor in (size for size in powers if size <= MOST_TENSOR):
+        for sequence in (1, 2, 4):
+            for data in powers:
+                rest = chips // (tensor * sequence * data)
+                if rest and rest * tensor * sequence * data == chips:
+                    yield MeshConfig(replica=slices.count, data=data, fsdp=rest, sequence=sequence, tensor=tensor)
+
+
+def with_choice(config: Config, mesh: MeshConfig, rows: int, remat: Any) -> Config:
+    """The config with this mesh, these rows and this remat, and as many micro-batches as its samples then need."""
+    capacity = config.batch.max_micro_batches * config.batch.rows
+    batch = dataclasses.replace(config.batch, rows=rows, max_micro_batches=max(1, math.ceil(capacity / rows)))
+    model = dataclasses.replace(config.model, remat=remat)
+    return with_mesh(dataclasses.replace(config, batch=batch, model=model), mesh)
+
+
+def divides(config: Config) -> bool:
+    """Whether everything that is cut over the mesh divides, and an update has the rows that a micro-batch wants."""
+    try:
+        check_mesh(config)
+    except ValueError:
+        return False
+    samples = config.data.questions_per_step * config.rollout.group_size
+    return config.batch.rows <= max(samples // config.train.updates_per_rollout_batch, 1)
+
+
+def judged(config: Config, shape: DecoderConfig, slices: Slices) -> Candidate:
+    """Bytes and tokens per second of a train step, by the analytic model."""
+    sizes, batch, chip = mesh_sizes(config), config.batch, slices.chip
+    gathered = sizes["fsdp"] if config.mesh.rules == "fsdp" else 1
+    weights = layer_weights(shape) + shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
+    tokens = batch.rows * batch.row_tokens / (sizes["replica"] * sizes["data"] * sizes["fsdp"] * sizes["sequence"])
+    kept = KEPT_PER_TOKEN["none" if config.model.remat in (False, "none") else "full"]
+    activations = tokens * shape.num_layers * shape.hidden_size * COMPUTE_BYTES * kept
+    held = (STATE_BYTES + GRADIENT_BYTES) * weights / (gathered * sizes["tensor"])
+    held += 2 * COMPUTE_BYTES * layer_weights(shape) / shape.num_layers / sizes["tensor"]  # the layers being gathered
+    flops = program_flops(config, shape, "train step").total / slices.chips
+    share = (gathered - 1) / gathered
+    sent = share * weights / sizes["tensor"] * (2 * COMPUTE_BYTES + GRADIENT_BYTES)
+    if sizes["tensor"] > 1:
+        sent += 6 * shape.num_layers * tokens * shape.hidden_size * COMPUTE_BYTES * 2
+    copies = sizes["data"]
+    if copies > 1:
+        sent += 2 * (copies - 1) / copies * GRADIENT_BYTES * weights / (gathered * sizes["tensor"])
+    seconds = max(flops / chip.flops, sent / chip.ring_bandwidth)
+    return Candidate(config, held + activations, batch.rows * batch.row_tokens / seconds / slices.chips)
+
+
+def largest_multiple(
+    peak: Callable[[int], float], *, unit: int, start: int, room: float, most: int, tries: int = 5
+) -> int:
+    """The largest multiple of `unit` up to `most` whose peak fits, found with few looks; 0 where not even one does.
+
+    Args
+      peak: bytes at so many rows; called at most `tries` times. start: where to begin. room: bytes there are.
+
+    Peaks grow with the rows, nearly in a line: after two looks that fit, the line says where to look next.
+    """
+    fits: dict[int, float] = {}
+    too_many = most // unit * unit + unit
+    ask = max(unit, start // unit * unit)
+    for _ in range(tries):
+        size = peak(ask)
+        if size <= room:
+            fits[ask] = size
+        else:
+            too_many = min(too_many, ask)
+        best = max(fits, default=0)
+        if best + unit >= too_many:
+            break
+        ask = _next(fits, unit, room)
+        ask = min(max(ask, best + unit), too_many - unit)
+    return max(fits, default=0)
+
+
+def _next(fits: dict[int, float], unit: int, room: float) -> int:
+    if len(fits) < 2:
+        return 2 * max(fits, default=0) or unit
+    below, above = sorted(fits)[-2:]
+    slope = (fits[above] - fits[below]) / (above - below)
+    return int(above + max((room - fits[above]) / slope, 0.0)) // unit * unit if slope > 0 else 2 * above
