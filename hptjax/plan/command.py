@@ -24,7 +24,7 @@ from hptjax.rundir import compile_cache_folder
 
 COMPILED_CANDIDATES = 4  # of a search
 TOKENS_OF_A_MICRO_BATCH = 2**24 - 1  # the train step refuses more, see `train.accumulate`
-REMATS: tuple[Any, ...] = (True, False)
+REMATS = ("full", "attention", "dots_no_batch", "none")  # that a search tries
 
 
 @dataclasses.dataclass(frozen=True)

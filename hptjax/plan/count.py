@@ -57,17 +57,16 @@ def forward_flops(shape: DecoderConfig, *, tokens: int, pairs: float, logits: in
     )
 
 
-def train_flops(forward: Flops, *, recomputed_layers: float, flash: bool) -> Flops:
+def train_flops(forward: Flops, *, again_matmuls: float, again_attention: float, flash: bool) -> Flops:
     """Of a micro-step: forward, backward and what the backward pass recomputes.
 
     Args
-      recomputed_layers: share of the layers' forward pass that is done again (1 with full remat, 0 without).
+      again_matmuls: operations of the layers' weights that are done again. again_attention: share of attention's.
       flash: whether the attention keeps no scores and makes them again in its backward pass.
     """
-    layers = 1 + recomputed_layers + BACKWARD
     return Flops(
-        matmuls=forward.matmuls * layers,
-        attention=forward.attention * (1 + recomputed_layers + (FLASH_BACKWARD if flash else BACKWARD)),
+        matmuls=forward.matmuls * (1 + BACKWARD) + again_matmuls,
+        attention=forward.attention * (1 + again_attention + (FLASH_BACKWARD if flash else BACKWARD)),
         unembedding=forward.unembedding * (2 + BACKWARD),  # the chunks' logits are always made again
     )
 

@@ -9,9 +9,19 @@ from hptjax.models.shape import DecoderConfig
 from hptjax.plan.count import Flops, forward_flops, train_flops
 
 NOTHING = Flops(0.0, 0.0, 0.0)
+# Of the layers' forward pass, what each remat policy does again in the backward pass: (weights' matmuls, attention).
+# The last matmul of a layer is not needed again, which the compiler sees; it is left out in `program_flops`.
+DONE_AGAIN = {
+    "none": (0.0, 0.0),
+    "full": (1.0, 1.0),
+    "offload": (1.0, 1.0),
+    "attention": (1.0, 0.0),
+    "dots": (0.0, 0.0),
+    "dots_no_batch": (0.0, 1.0),
+}
 
 
-def program_flops(config: Config, shape: DecoderConfig, name: str) -> Flops:
+def program_flops(config: Config, shape: DecoderConfig, name: str, *, platform: str = "tpu") -> Flops:
     """Of one call of a program, on all devices together; of decode, one call's tokens.
 
     Decode is taken in the middle of its completions: half of the completion is cached beside the whole prompt.
@@ -19,14 +29,19 @@ def program_flops(config: Config, shape: DecoderConfig, name: str) -> Flops:
     batch, rollout = config.batch, config.rollout
     positions = batch.rows * batch.row_tokens
     if name in ("train step", "score"):
-        kind = training_implementation(config, shape, config.mesh.sequence, "tpu")
-        pairs = packed_pairs(config, kind)
+        kind = training_implementation(config, shape, config.mesh.sequence, platform)
+        pairs = batch.rows * multiplied_pairs(config, kind)
         forward = forward_flops(shape, tokens=positions, pairs=pairs, logits=positions)
         if name == "score":
             return forward
-        return train_flops(forward, recomputed_layers=recomputed(config), flash=kind != "reference")
-    bucket = rollout.prompt_buckets[-1]
+        matmuls, attention = DONE_AGAIN[config.model.remat]
+        if kind in ("reference", "cudnn") and config.model.remat == "attention":
+            attention = 1.0  # these name nothing that could be kept
+        down = shape.mlp_size * shape.hidden_size * shape.num_layers * 2.0 * positions
+        again = matmuls * (forward.matmuls - down)
+        return train_flops(forward, again_matmuls=again, again_attention=attention, flash=kind != "reference")
     if name == "prefill":
+        bucket = rollout.prompt_buckets[-1]
         pairs = float(rollout.prefill_rows * bucket * bucket)
         return forward_flops(shape, tokens=rollout.prefill_rows * bucket, pairs=pairs, logits=0)
     if name == "decode":
@@ -36,8 +51,7 @@ def program_flops(config: Config, shape: DecoderConfig, name: str) -> Flops:
 
 
 def program_turns(config: Config, name: str) -> tuple[int, ...]:
-    """Turns of a program's loops whose length depends on data, the outermost first: tokens of a call, then the blocks
-    of the cache where it is read in blocks."""
+    """Turns of a program's loops whose length depends on data, the outermost first: tokens of a call, cache blocks."""
     if name != "decode":
         return ()
     block = cache_block(config)
@@ -45,15 +59,15 @@ def program_turns(config: Config, name: str) -> tuple[int, ...]:
     return (config.rollout.tokens_per_call, *blocks)
 
 
-def packed_pairs(config: Config, kind: Implementation) -> float:
-    """Pairs of queries and keys that the attention of the train step multiplies: all, or the tiles below the diagonal.
+def multiplied_pairs(config: Config, kind: Implementation) -> float:
+    """Pairs of query and key that the attention of one row multiplies: all, or the tiles on and below the diagonal.
 
     With the time axis cut, attention in tiles computes all of them, because every device runs the same program.
     """
-    rows, tokens, block = config.batch.rows, config.batch.row_tokens, config.model.attention_block
+    tokens, block = config.batch.row_tokens, config.model.attention_block
     if kind == "reference" or (kind == "chunked" and config.mesh.sequence > 1):
-        return float(rows * tokens * tokens)
-    return rows * tokens * (tokens + min(block, tokens)) / 2
+        return float(tokens * tokens)
+    return tokens * (tokens + min(block, tokens)) / 2
 
 
 def cached_positions(config: Config) -> int:
@@ -63,8 +77,3 @@ def cached_positions(config: Config) -> int:
         return rollout.cache_capacity
     halfway = rollout.prompt_buckets[-1] + rollout.max_completion_tokens // 2
     return min(-(-halfway // block) * block, rollout.cache_capacity)
-
-
-def recomputed(config: Config) -> float:
-    """Share of the layers' forward pass that the backward pass does again; of the matmuls, which dominate it."""
-    return 0.0 if config.model.remat in ("none", "dots", "dots_no_batch") else 1.0

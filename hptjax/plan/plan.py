@@ -120,7 +120,7 @@ def make_plan(
                 lower, slice_of=slice_of, turns=program_turns(config, name), has_update=name == "train step"
             ),
         )
-        flops = program_flops(config, shape, name).total / len(devices)
+        flops = program_flops(config, shape, name, platform=devices[0].platform).total / len(devices)
         planned[name] = ProgramPlan(
             compiled=compiled,
             resident_bytes=_resident(name, held, programs),

@@ -21,7 +21,8 @@ from hptjax.plan.topology import with_mesh
 
 STATE_BYTES = 16  # fp32 parameters, two moments and the sums
 GRADIENT_BYTES, COMPUTE_BYTES = 4, 2
-KEPT_PER_TOKEN = {"full": 1.0, "none": 18.0}  # arrays of D entries (about) that a layer keeps for its backward pass
+# Arrays of D entries (about) that a layer keeps for its backward pass
+KEPT_PER_TOKEN = {"full": 1.0, "offload": 0.1, "attention": 2.0, "dots_no_batch": 12.0, "dots": 13.0, "none": 20.0}
 HEADROOM = 0.95  # of the memory: what the analytic model may fill
 MOST_TENSOR = 16
 
@@ -86,7 +87,7 @@ def judged(config: Config, shape: DecoderConfig, slices: Slices) -> Candidate:
     gathered = sizes["fsdp"] if config.mesh.rules == "fsdp" else 1
     weights = layer_weights(shape) + shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
     tokens = batch.rows * batch.row_tokens / (sizes["replica"] * sizes["data"] * sizes["fsdp"] * sizes["sequence"])
-    kept = KEPT_PER_TOKEN["none" if config.model.remat in (False, "none") else "full"]
+    kept = KEPT_PER_TOKEN[config.model.remat]
     activations = tokens * shape.num_layers * shape.hidden_size * COMPUTE_BYTES * kept
     held = (STATE_BYTES + GRADIENT_BYTES) * weights / (gathered * sizes["tensor"])
     held += 2 * COMPUTE_BYTES * layer_weights(shape) / shape.num_layers / sizes["tensor"]  # the layers being gathered
