@@ -32,9 +32,9 @@ class Roofline:
         """Its name."""
         named = {
             "compute": self.compute_s,
-            "memory bandwidth": self.memory_s,
-            "interconnect": self.ici_s,
-            "network between slices": self.dcn_s,
+            "memory": self.memory_s,
+            "links": self.ici_s,
+            "network": self.dcn_s,
         }
         return max(named, key=lambda name: named[name])
 

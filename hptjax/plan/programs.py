@@ -160,11 +160,12 @@ def _rollout(
 
 def _with_places(shapes: Any, places: Any) -> Any:
     """A tree of shapes with the shardings of a tree, or with one for all."""
-    if isinstance(places, NamedSharding):
-        places = jax.tree.map(lambda _: places, shapes)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
-    )
+    leaves, treedef = jax.tree.flatten(shapes)
+    each = [places] * len(leaves) if isinstance(places, NamedSharding) else jax.tree.leaves(places)
+    placed = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for leaf, place in zip(leaves, each, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, placed)
 
 
 def rollouts_per_step(config: Config, stage: StageConfig) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, TextIO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +15,7 @@ GIB, MIB = 2**30, 2**20
 WIDTH = 118
 
 
-def print_plan(plan: Plan, file: TextIO) -> None:
+def print_plan(plan: Plan, file: IO[str]) -> None:
     """Writes one plan: memory, programs, exchanges, largest arrays, and the step as a whole."""
     console = Console(file=file, width=WIDTH, highlight=False, soft_wrap=False)
     console.print(headline(plan), markup=False)
@@ -40,7 +40,7 @@ def mesh_words(plan: Plan) -> str:
     return " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "of one device"
 
 
-def print_ranking(ranked: list[tuple[float, Plan]], considered: int, file: TextIO) -> None:
+def print_ranking(ranked: list[tuple[float, Plan]], considered: int, file: IO[str]) -> None:
     """Writes the compiled candidates of a search, best first: (tokens per second of the train step, plan)."""
     table = Table(
         title=f"{considered} candidates may fit; these were compiled (tokens/s estimated, at most)",
@@ -95,8 +95,8 @@ def _memory_cells(plan: Plan, program: ProgramPlan) -> tuple[str, ...]:
 def program_table(plan: Plan) -> Table:
     """Operations, traffic and estimated time of a call of each program, on one device."""
     table = Table(title="One call, per device (times estimated)", title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("program")
-    for name in ("TFLOP", "memory GiB", "sent GiB", "compute ms", "memory ms", "links ms", "network ms", "at least ms"):
+    table.add_column("program", no_wrap=True)
+    for name in ("TFLOP", "moved GiB", "sent GiB", "compute ms", "memory ms", "links ms", "network ms", "at least"):
         table.add_column(name, justify="right")
     table.add_column("bound by")
     for name, program in plan.programs.items():
@@ -104,7 +104,7 @@ def program_table(plan: Plan) -> Table:
             continue
         parts = [(name, program.time, program.flops, program.compiled.memory_bytes, False)]
         if program.update_time.seconds:
-            parts.append((f"{name}: update", program.update_time, 0.0, program.compiled.update_memory_bytes, True))
+            parts.append(("its update", program.update_time, 0.0, program.compiled.update_memory_bytes, True))
         for words, time, flops, memory, update in parts:
             sent = sum(e.ici_bytes + e.dcn_bytes for e in program.compiled.exchanged if e.update == update)
             seconds = (time.compute_s, time.memory_s, time.ici_s, time.dcn_s, time.seconds)

@@ -20,6 +20,7 @@ FREE = frozenset(
 )
 MOVES_NOTHING = ('"AllocateBuffer"', '"SliceId"', '"AssumeGatherIndicesInBound"')  # custom calls
 READ_IN_PART = ("dynamic-slice", "slice", "gather")
+WRITTEN_IN_PART = ("dynamic-update-slice", "scatter")  # their first operand's memory becomes the result's
 LARGEST = 8  # buffers that are listed
 SMALLEST_LISTED = 1 << 20
 
@@ -194,8 +195,8 @@ def memory_bytes(program: Program, computation: Computation, entry: Instruction)
         return max((size_of(source.type, hbm_only=True) for source in sources), default=0.0) if written else 0.0
     if entry.opcode in READ_IN_PART:
         return 2 * written
-    if entry.opcode == "dynamic-update-slice":
-        return 2 * size_of(sources[1].type, hbm_only=True) if len(sources) > 1 else written
+    if entry.opcode in WRITTEN_IN_PART:
+        return 2 * size_of(sources[-1 if entry.opcode == "scatter" else 1].type, hbm_only=True)
     inner = program.computations.get(entry.called("calls") or "") if entry.opcode == "fusion" else None
     if inner is None:
         return written + sum(size_of(source.type, hbm_only=True) for source in sources)
@@ -216,7 +217,7 @@ def _read_inside(program: Program, computation: Computation, name: str) -> float
             total += _read_inside(program, computation, user.name)
         elif user.opcode in READ_IN_PART and user.operands[0] == name:
             total += size_of(user.type)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+        elif user.opcode in WRITTEN_IN_PART and user.operands[0] == name:
             total += 0.0
         elif user.opcode == "fusion" and user.called("calls") in program.computations:
             inner = program.computations[user.called("calls") or ""]
@@ -235,8 +236,8 @@ def _written_inside(computation: Computation) -> float:
             return sum(written(computation.instructions[name]) for name in entry.operands)
         if entry.opcode == "bitcast" and entry.operands[0] in computation.instructions:
             return written(computation.instructions[entry.operands[0]])
-        if entry.opcode == "dynamic-update-slice":
-            return size_of(computation.instructions[entry.operands[1]].type)
+        if entry.opcode in WRITTEN_IN_PART:
+            return size_of(computation.instructions[entry.operands[-1 if entry.opcode == "scatter" else 1]].type)
         return size_of(entry.type)
 
     return written(computation.root)

@@ -1,0 +1,256 @@
+"""`hptjax plan` on programs that the CPU compiler made: loops against the same program unrolled, layers against time,
+what does not fit, the search, and, where libtpu is installed, a small model on an absent TPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+
+from hptjax.build import policy
+from hptjax.build.stages import make_score
+from hptjax.config import BatchConfig, Config, DataConfig, MeshConfig, ModelConfig, RolloutConfig
+from hptjax.config_batch import stage_list
+from hptjax.models import decoder
+from hptjax.models.shape import DecoderConfig
+from hptjax.plan.chips import CHIPS, Slices
+from hptjax.plan.compiled import compile_program, from_json, kept
+from hptjax.plan.estimate import roofline
+from hptjax.plan.operations import program_flops
+from hptjax.plan.plan import make_plan
+from hptjax.plan.programs import run_programs
+from hptjax.plan.report import print_plan, to_json
+from hptjax.plan.search import candidates, largest_multiple
+from hptjax.plan.topology import mesh_on
+
+MIB = 2**20
+EIGHT = Slices(CHIPS["v5e"], "2x4")
+MESH = MeshConfig(fsdp=4, tensor=2)
+
+
+def shape_of(layers: int) -> DecoderConfig:
+    """Wide enough for matmuls to outweigh what the arithmetic count leaves out."""
+    return DecoderConfig(
+        vocab_size=512,
+        hidden_size=256,
+        num_layers=layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_size=1024,
+        tie_embeddings=True,
+    )
+
+
+def config_of(**changes) -> Config:
+    config = Config(
+        model=ModelConfig(remat="full", logprob_chunk_tokens=1 << 20),
+        data=DataConfig(questions_per_step=8),
+        rollout=RolloutConfig(slots=8, prefill_rows=8, tokens_per_call=4),
+        batch=BatchConfig(rows=8, row_tokens=256, max_segments=8, max_micro_batches=2),
+        mesh=MESH,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def read(lowered, devices):
+    """(the compiled program, what the plan reads of it)."""
+    compiled = lowered.compile()
+    lowered_again: Any = SimpleNamespace(compile=lambda: compiled)
+    found = compile_program(lambda: lowered_again, slice_of=[0] * len(devices), turns=(), has_update=True)
+    return compiled, found
+
+
+def train_step(config: Config, shape: DecoderConfig, devices):
+    """The whole train step."""
+    mesh = mesh_on(config, devices)
+    return read(run_programs(config, stage_list(config)[-1], shape, mesh).lower["train step"](), devices)
+
+
+def gradient(config: Config, shape: DecoderConfig, devices):
+    """Its forward and backward pass alone, which compile in a fraction of the time."""
+    mesh = mesh_on(config, devices)
+    programs = run_programs(config, stage_list(config)[-1], shape, mesh)
+    score = make_score(policy.build_functions(config, shape, mesh).token_stats)
+    params = programs.state.params["policy"]
+    places = jax.tree.map(lambda leaf: leaf.sharding, params)
+    program = jax.jit(jax.grad(lambda *inputs: jax.numpy.sum(score(*inputs))), out_shardings=places)
+    return read(program.lower(params, programs.micro_batch), devices)
+
+
+def sent(compiled) -> float:
+    return sum(entry.ici_bytes for entry in compiled.exchanged if not entry.update)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "remat"),
+    [
+        (gradient, "full"),
+        pytest.param(gradient, "none", marks=pytest.mark.slow),
+        pytest.param(train_step, "full", marks=pytest.mark.slow),
+    ],
+)
+def test_plan_agrees_with_the_unrolled_program(eight_devices, monkeypatch, compiled, remat):
+    """Operations by arithmetic, exchanges and memory traffic by trip counts: within 15 % of the program without a loop."""
+    layers = 4
+    config, shape = config_of(), shape_of(layers)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+    _, rolled = compiled(config, shape, eight_devices)
+    monkeypatch.setattr(policy.decoder, "forward", functools.partial(decoder.forward, unroll=layers))
+    program, unrolled = compiled(config, shape, eight_devices)
+    counted = program_flops(config, shape, "train step", platform="cpu")
+    assert counted.total / 8 == pytest.approx(program.cost_analysis()["flops"], rel=0.15)
+    assert sent(rolled) == pytest.approx(sent(unrolled), rel=0.15)
+    assert rolled.memory_bytes == pytest.approx(unrolled.memory_bytes, rel=0.15)
+    assert rolled.unknown_loops == unrolled.unknown_loops == 0
+
+
+def test_plan_time_grows_with_the_layers(eight_devices):
+    """Each further pair of layers costs the same operations, traffic and exchanges, and so the same time."""
+    config = config_of()
+    times = []
+    for layers in (2, 4, 6):
+        shape = shape_of(layers)
+        _, found = gradient(config, shape, eight_devices)
+        flops = program_flops(config, shape, "train step", platform="cpu").total / 8
+        times.append(roofline(CHIPS["v5e"], flops, found, update=False))
+    for part in ("compute_s", "memory_s", "ici_s"):
+        two, four, six = (getattr(time, part) for time in times)
+        assert four > 1.2 * two
+        assert six - four == pytest.approx(four - two, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    """The whole plan of a small model on eight CPU devices, with the figures of v5e."""
+    config = config_of(mesh=dataclasses.replace(MESH, rollout_rules="replicated"))
+    return make_plan(config, shape_of(2), EIGHT, jax.devices()[:8], cache=None)
+
+
+def test_plan_holds_what_the_shardings_say(plan):
+    weights = plan.parameters
+    assert plan.held["parameters"] < weights * 4 / 4  # cut over fsdp and tensor but for what cannot be
+    assert plan.held["parameters"] > weights * 4 / 8
+    assert plan.held["optimizer"] == pytest.approx(2 * plan.held["parameters"], rel=1e-3)
+    assert plan.held["accumulator"] == pytest.approx(plan.held["parameters"], rel=1e-3)
+    # [L slots capacity K E] twice, fp32, slots over fsdp and kv heads over tensor
+    assert plan.held["KV cache"] == 2 * 2 * 8 * 48 * 2 * 64 * 4 / 8
+    state = sum(plan.held[name] for name in ("parameters", "optimizer", "accumulator", "counters and checks"))
+    train = plan.programs["train step"].compiled
+    assert train.argument_bytes == pytest.approx(state + plan.held["micro-batch"], rel=0.01)
+    assert plan.programs["decode"].resident_bytes == pytest.approx(state, rel=1e-6)
+
+
+def test_plan_prints_every_program_and_fits(plan):
+    text = io.StringIO()
+    print_plan(plan, text)
+    for word in ("train step", "score", "reshard", "prefill", "decode", "optimizer", "KV cache", "FITS", "estimated"):
+        assert word in text.getvalue()
+    values = json.loads(to_json([plan]))[0]
+    assert values["fits"]
+    assert values["programs"]["train step"]["largest"]
+    assert {entry["kind"] for entry in values["programs"]["train step"]["exchanged"]} >= {"all-gather", "all-reduce"}
+    assert values["step_estimated"]["seconds"] > 0
+
+
+def test_plan_that_does_not_fit_says_which_numbers_clash(plan):
+    tight = dataclasses.replace(EIGHT.chip, usable_bytes=MIB)
+    large = dataclasses.replace(plan, topology=dataclasses.replace(EIGHT, chip=tight))
+    assert "train step" in large.too_large()
+    text = io.StringIO()
+    print_plan(large, text)
+    assert "DOES NOT FIT: train step needs" in text.getvalue()
+    assert "mesh.fsdp" in text.getvalue()
+    assert "batch.rows" in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            config_of(batch=BatchConfig(rows=6, row_tokens=256)),
+            r"batch.rows to be a multiple of mesh.fsdp \(4\), got 6",
+        ),
+        (config_of(rollout=RolloutConfig(slots=10)), r"rollout.slots to be a multiple"),
+        (config_of(mesh=MeshConfig(tensor=8), model=ModelConfig(preset="qwen2.5-math-7b")), r"num_heads"),
+    ],
+)
+def test_plan_refuses_what_does_not_divide(eight_devices, config, words):
+    with pytest.raises(ValueError, match=words):
+        make_plan(config, shape_of(2), EIGHT, eight_devices, cache=None)
+
+
+def test_plan_is_kept_between_calls(plan, tmp_path):
+    compiled = plan.programs["train step"].compiled
+    made = []
+
+    def make():
+        made.append(1)
+        return compiled
+
+    assert kept(tmp_path / "cache", "key", make) == compiled
+    assert kept(tmp_path / "cache", "key", make) == compiled
+    assert len(made) == 1
+    assert from_json(json.loads(json.dumps(dataclasses.asdict(compiled)))) == compiled
+
+
+@pytest.mark.parametrize(
+    ("fixed", "per_row", "answer"), [(10.0, 1.0, 88), (0.0, 12.5, 8), (99.0, 1.0, 0), (1.0, 0.001, 96)]
+)
+def test_plan_largest_batch_by_few_looks(fixed, per_row, answer):
+    looks = []
+
+    def peak(rows: int) -> float:
+        looks.append(rows)
+        return fixed + per_row * rows
+
+    assert largest_multiple(peak, unit=8, start=16, room=100.0, most=100) == answer
+    assert len(looks) <= 5
+    assert all(rows % 8 == 0 for rows in looks)
+
+
+def test_plan_search_ranks_what_may_fit():
+    config = config_of(
+        batch=BatchConfig(rows=16, row_tokens=9216, max_segments=16, max_micro_batches=32),
+        data=DataConfig(questions_per_step=128, max_prompt_tokens=1024),
+        rollout=RolloutConfig(slots=64, prefill_rows=32, max_completion_tokens=8192, prompt_buckets=(1024,)),
+        model=ModelConfig(preset="qwen2.5-math-1.5b", compute_dtype="bfloat16", remat="full"),
+    )
+    from hptjax.models.presets import PRESETS
+
+    found = candidates(config, PRESETS["qwen2.5-math-1.5b"], Slices(CHIPS["v5e"], "4x4"), ("full", "none"))
+    assert found
+    speeds = [candidate.tokens_per_s for candidate in found]
+    assert speeds == sorted(speeds, reverse=True)
+    for candidate in found:
+        mesh = candidate.config.mesh
+        assert mesh.data * mesh.fsdp * mesh.sequence * mesh.tensor == 16
+        assert candidate.config.batch.rows % (mesh.data * mesh.fsdp) == 0
+        assert candidate.bytes < 15.75 * 2**30
+        capacity = candidate.config.batch.rows * candidate.config.batch.max_micro_batches
+        assert capacity >= 16 * 32  # an update still holds its samples
+    assert not candidates(config, PRESETS["qwen2.5-math-7b"], Slices(CHIPS["v5e"], "2x2"), ("full",))
+
+
+def test_plan_without_libtpu_says_what_to_install(tmp_path):
+    """Where it is installed, the small model is planned instead."""
+    config = tmp_path / "small.toml"
+    config.write_text(
+        '[model]\npreset = "qwen3-0.6b"\ncompute_dtype = "bfloat16"\nremat = "full"\n'
+        "[rollout]\nslots = 8\nprefill_rows = 4\n[batch]\nrows = 64\nrow_tokens = 128\n"
+    )
+    if importlib.util.find_spec("libtpu") is not None:
+        pytest.skip("libtpu is here")
+    command = [sys.executable, "-m", "hptjax.cli", "plan", str(config), "--topology", "v5e:2x2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "pip install 'hptjax[tpu]'" in done.stderr
