@@ -22,15 +22,16 @@ from hptjax.config import BatchConfig, Config, DataConfig, MeshConfig, ModelConf
 from hptjax.config_batch import stage_list
 from hptjax.models import decoder
 from hptjax.models.shape import DecoderConfig
-from hptjax.plan.chips import CHIPS, Slices
+from hptjax.plan.chips import CHIPS, Slices, parse_topology
 from hptjax.plan.compiled import compile_program, from_json, kept
+from hptjax.plan.environment import WITHOUT_CHIPS
 from hptjax.plan.estimate import roofline
 from hptjax.plan.operations import program_flops
 from hptjax.plan.plan import make_plan
 from hptjax.plan.programs import run_programs
 from hptjax.plan.report import print_plan, to_json
 from hptjax.plan.search import candidates, largest_multiple
-from hptjax.plan.topology import mesh_on
+from hptjax.plan.topology import compile_only_devices, mesh_for, mesh_on
 
 MIB = 2**20
 EIGHT = Slices(CHIPS["v5e"], "2x4")
@@ -100,7 +101,7 @@ def sent(compiled) -> float:
     ],
 )
 def test_plan_agrees_with_the_unrolled_program(eight_devices, monkeypatch, compiled, remat):
-    """Operations by arithmetic, exchanges and memory traffic by trip counts: within 15 % of the program without a loop."""
+    """Operations by arithmetic, exchanges and traffic by trip counts: within 15 % of the program without a loop."""
     layers = 4
     config, shape = config_of(), shape_of(layers)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
@@ -241,16 +242,51 @@ def test_plan_search_ranks_what_may_fit():
     assert not candidates(config, PRESETS["qwen2.5-math-7b"], Slices(CHIPS["v5e"], "2x2"), ("full",))
 
 
+LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install 'hptjax[tpu]'")
+@pytest.mark.parametrize(
+    ("topology", "only"),
+    [
+        ("v5e:2x2", ("score", "prefill", "decode")),
+        pytest.param("v5p:2x2x1", ("train step", "score"), marks=pytest.mark.slow),
+        pytest.param("2xv6e:2x2", None, marks=pytest.mark.slow),
+    ],
+)
+def test_plan_of_a_small_model_on_an_absent_tpu(monkeypatch, topology, only):
+    """The compiler's memory analysis, exchanges over the mesh and, with two slices, gradients through the network."""
+    for name, value in WITHOUT_CHIPS.items():
+        monkeypatch.setenv(name, value)
+    slices = parse_topology(topology)
+    model = ModelConfig(compute_dtype="bfloat16", remat="full")
+    config = mesh_for(config_of(mesh=MeshConfig(), model=model), slices)
+    plan = make_plan(config, shape_of(2), slices, compile_only_devices(slices), cache=None, only=only)
+    assert not plan.too_large()
+    assert all(program.compiled.temp_bytes > 0 or program.compiled.exchanged for program in plan.programs.values())
+    assert {entry.kind for entry in plan.programs["score"].compiled.exchanged} >= {"all-gather"}
+    if slices.count > 1:
+        assert plan.programs["train step"].time.dcn_s > 0
+        assert plan.programs["score"].time.dcn_s == 0
+        assert plan.step is not None
+
+
+@pytest.mark.skipif(LIBTPU, reason="libtpu is here")
 def test_plan_without_libtpu_says_what_to_install(tmp_path):
-    """Where it is installed, the small model is planned instead."""
     config = tmp_path / "small.toml"
-    config.write_text(
-        '[model]\npreset = "qwen3-0.6b"\ncompute_dtype = "bfloat16"\nremat = "full"\n'
-        "[rollout]\nslots = 8\nprefill_rows = 4\n[batch]\nrows = 64\nrow_tokens = 128\n"
-    )
-    if importlib.util.find_spec("libtpu") is not None:
-        pytest.skip("libtpu is here")
+    config.write_text('[model]\npreset = "qwen3-0.6b"\n')
     command = [sys.executable, "-m", "hptjax.cli", "plan", str(config), "--topology", "v5e:2x2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "pip install 'hptjax[tpu]'" in done.stderr
+
+
+def test_plan_command_refuses_before_it_compiles(tmp_path):
+    config = tmp_path / "small.toml"
+    config.write_text('[model]\npreset = "qwen3-0.6b"\n[mesh]\nfsdp = 3\n')
+    command = [sys.executable, "-m", "hptjax.cli", "plan", str(config), "--topology"]
+    for topology, words in (("v5e:5x5", "v5e:4x4"), ("v5e:4x4", "expected a mesh of 16 devices")):
+        done = subprocess.run([*command, topology], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr

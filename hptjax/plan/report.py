@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +15,7 @@ GIB, MIB = 2**30, 2**20
 WIDTH = 118
 
 
-def print_plan(plan: Plan, file: IO[str]) -> None:
+def print_plan(plan: Plan, file: Any) -> None:
     """Writes one plan: memory, programs, exchanges, largest arrays, and the step as a whole."""
     console = Console(file=file, width=WIDTH, highlight=False, soft_wrap=False)
     console.print(headline(plan), markup=False)
@@ -40,7 +40,7 @@ def mesh_words(plan: Plan) -> str:
     return " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "of one device"
 
 
-def print_ranking(ranked: list[tuple[float, Plan]], considered: int, file: IO[str]) -> None:
+def print_ranking(ranked: list[tuple[float, Plan]], considered: int, file: Any) -> None:
     """Writes the compiled candidates of a search, best first: (tokens per second of the train step, plan)."""
     table = Table(
         title=f"{considered} candidates may fit; these were compiled (tokens/s estimated, at most)",
