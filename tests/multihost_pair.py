@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 import hptjax.build.data as build_data
@@ -25,15 +26,22 @@ import hptjax.build.parts as build_parts
 import hptjax.build.run as build_run
 import hptjax.train.loop as loop
 from hptjax import cli
+from hptjax.build.policy import Policy
 from hptjax.config import Config, DistributedConfig, MeshConfig, ShapeConfig
 from hptjax.data.stream import QuestionStream
 from hptjax.errors import exit_status
 from hptjax.rewards.pool import RewardPool
+from hptjax.sharding.host import to_host
 from hptjax.sharding.peers import HERE
-from tests import tiny
+from hptjax.train.stage import Stage
+from hptjax.types import MicroBatch
+from tests import recorded, tiny
+from tests.proofs.test_resumed_windows import checkpoints
+from tests.proofs.two_processes import added
 from tests.test_bad_input import config_file
 
 STEPS = 3
+INSIDE = 2  # micro-batches of the window that is open in a checkpoint
 FAULTY = 1  # the process that a fault happens in
 SHAPE = ShapeConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=32)
 
@@ -186,6 +194,41 @@ def compiled_once() -> Iterator[None]:
         yield
 
 
+def window_of(stage: Stage, visit: int) -> list[MicroBatch]:
+    """The micro-batches of a recorded update: questions of both kinds."""
+    return stage.assemble(recorded.mixed(5, 6, visit=visit), frozenset()).micro_batches
+
+
+def save_inside_a_window(policy: Policy, stage: Stage, folder: Path) -> None:
+    """A checkpoint of a fresh run after the first micro-batches of a recorded update."""
+    state = added(policy, stage, window_of(stage, 0)[:INSIDE], flush=False)
+    with checkpoints(folder) as saved:
+        saved.save(0, state, {"next": INSIDE}, metric=None, wait=True)
+
+
+def taken_up(policy: Policy, stage: Stage, folder: Path) -> dict[str, np.ndarray]:
+    """The counts of the window that was open in a checkpoint, and the losses of it and of the next five."""
+    with checkpoints(folder) as saved:
+        state = saved.restore_latest(stage.start({"policy": policy.params}, None)).state
+    found: dict[str, np.ndarray] = {}
+    losses = []
+    for visit in range(6):
+        rest = window_of(stage, visit)[INSIDE if visit == 0 else 0 :]
+        state = added(policy, stage, rest, flush=True, state=state)
+        report = to_host(state.report)
+        found = found or {name: getattr(report, name) for name in ("status", "tokens", "micro_batches", "witness")}
+        losses.append([float(report.stats[name].total) for name in ("loss/sft", "loss/rl")])
+    return found | {"losses": np.asarray(losses)}
+
+
+def move(folder: Path, process: str, config: Config) -> None:
+    """Takes up FOLDER/one, which one process has saved, and saves FOLDER/two for it."""
+    policy = build_parts.build_policy(config)
+    stage = build_run.build_stages(config, policy, recorded.questions())[0]
+    save_inside_a_window(policy, stage, folder / "two")
+    np.savez(folder / f"moved_{process}.npz", **taken_up(policy, stage, folder / "one"))
+
+
 def main(folder: Path, port: str, process: str, acts: list[str]) -> None:
     """All acts, each NAME or NAME:FAULT; or, after "cli", one of them through the command line."""
     joined = {"mode": "explicit", "coordinator": f"localhost:{port}", "processes": 2, "process": int(process)}
@@ -201,7 +244,9 @@ def main(folder: Path, port: str, process: str, acts: list[str]) -> None:
     with compiled_once():
         for act in acts:
             name, _, fault = act.partition(":")
-            found[act] = outcome(pair_config(folder, name, **joined), fault) | {"dropped": dropped(folder, name)}
+            config = pair_config(folder, name, **joined)
+            found[act] = outcome(config, fault) | {"dropped": dropped(folder, name)}
+        move(folder, process, config)
     (folder / f"outcome_{process}.json").write_text(json.dumps(found))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import jax
 import numpy as np
 import pytest
 
+import hptjax.build.parts as build_parts
+import hptjax.build.run as build_run
 from hptjax.config import DistributedConfig, MeshConfig
 from hptjax.models import decoder
 from hptjax.models.folder import load_folder, save_folder
@@ -29,8 +32,9 @@ from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import make_mesh
 from hptjax.sharding.peers import pack, unpack
 from hptjax.sharding.rules import named_shardings
-from tests import tiny
-from tests.multihost_pair import STEPS, pair_config
+from hptjax.train.accumulate import Status
+from tests import recorded, tiny
+from tests.multihost_pair import INSIDE, STEPS, compiled_once, pair_config, save_inside_a_window, taken_up
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIMIT_S = 400  # of a pair; so that a hang is a failure and no hang
@@ -78,19 +82,25 @@ def log(folder: Path, index: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """(folder, what became of each act in each process): all of them in one pair of processes."""
-    folder = tmp_path_factory.mktemp("pair")
-    assert statuses(folder, ACTS) == [0, 0], log(folder, 0)[-1500:] + log(folder, 1)[-1500:]
-    return folder, [json.loads((folder / f"outcome_{index}.json").read_text()) for index in range(2)]
+def alone(tmp_path_factory):
+    """(folder, policy, stage) of the same run in one process on one device; and a checkpoint of another in `one`."""
+    folder = tmp_path_factory.mktemp("alone")
+    config = dataclasses.replace(pair_config(folder, "whole"), mesh=MeshConfig(devices=1))
+    with compiled_once():
+        tiny.train(config)
+        policy = build_parts.build_policy(config)
+        stage = build_run.build_stages(config, policy, recorded.questions())[0]
+    save_inside_a_window(policy, stage, folder / "one")
+    return folder, policy, stage
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The folder of the same run in one process on one device."""
-    folder = tmp_path_factory.mktemp("alone")
-    tiny.train(dataclasses.replace(pair_config(folder, "whole"), mesh=MeshConfig()))
-    return folder
+def pair(alone, tmp_path_factory):
+    """(folder, what became of each act in each process): all of them in one pair of processes."""
+    folder = tmp_path_factory.mktemp("pair")
+    shutil.copytree(alone[0] / "one", folder / "one")
+    assert statuses(folder, ACTS) == [0, 0], log(folder, 0)[-1500:] + log(folder, 1)[-1500:]
+    return folder, [json.loads((folder / f"outcome_{index}.json").read_text()) for index in range(2)]
 
 
 def rows(folder: Path, name: str, file: str) -> list[dict]:
@@ -115,14 +125,14 @@ def same_numbers(got: list[dict], expected: list[dict]) -> None:
 @pytest.mark.parametrize("file", ["ledger.jsonl", "metrics.jsonl"])
 def test_multihost_run_is_the_run_of_one_process(pair, alone, file):
     folder, _ = pair
-    expected = rows(alone, "whole", file)
+    expected = rows(alone[0], "whole", file)
     assert len(expected) == {"ledger.jsonl": STEPS, "metrics.jsonl": STEPS + 2}[file]
     same_numbers(rows(folder, "whole", file), expected)
 
 
 def test_multihost_rollouts_are_those_of_one_process(pair, alone):
     (folder, _), gates = pair, set()
-    for path in sorted((alone / "runs/whole/rollouts").iterdir()):
+    for path in sorted((alone[0] / "runs/whole/rollouts").iterdir()):
         expected = [json.loads(line) for line in path.read_text().splitlines()]
         got = [json.loads(line) for line in (folder / "runs/whole/rollouts" / path.name).read_text().splitlines()]
         assert got == expected
@@ -169,6 +179,26 @@ def test_multihost_late_process_is_an_error_with_its_name(pair):
     assert there["message"].startswith(f"FailedElsewhere: {waited} 'reward'")
     assert here["message"].startswith(f"FailedElsewhere: process 0 failed at 'judging samples': {waited}")
     assert there["status"] == here["status"] == 1
+
+
+@pytest.mark.parametrize("way", ["one process to two", "two processes to one"])
+def test_multihost_run_moves_between_process_counts(pair, alone, way):
+    """Saved inside an open window: its counts bitwise, its losses and the next five within 1e-4 (contract 3)."""
+    (folder, _), (saved, policy, stage) = pair, alone
+    expected = taken_up(policy, stage, saved / "one")
+    assert expected["status"] == Status.UPDATED
+    assert expected["micro_batches"] > 2 * INSIDE
+    if way == "one process to two":
+        found = []
+        for index in range(2):
+            with np.load(folder / f"moved_{index}.npz") as arrays:
+                found.append(dict(arrays))
+    else:
+        found = [taken_up(policy, stage, folder / "two")]
+    for moved in found:
+        for name in ("status", "tokens", "micro_batches", "witness"):
+            assert np.array_equal(moved[name], expected[name]), name
+        np.testing.assert_allclose(moved["losses"], expected["losses"], rtol=1e-4)
 
 
 @pytest.mark.slow
