@@ -190,16 +190,26 @@ def command_eval(arguments: list[str]) -> int:
     """Evaluates a checkpoint and prints its figures as JSON."""
     options = parse("eval", arguments, lambda config: EvalOptions(config=config))
     check(options.config)
+    _refuse_processes("eval", options.config)
     from hptjax import build
 
     print(json.dumps(build.evaluate(options.config, checkpoint=options.checkpoint, split=options.split), indent=2))
     return 0
 
 
+def _refuse_processes(command: str, config: Config) -> None:
+    if config.distributed.mode != "none":
+        raise ValueError(
+            f"expected one process for `hptjax {command}`, got distributed.mode = '{config.distributed.mode}'; "
+            "change it to 'none'. Only `hptjax train` runs on several."
+        )
+
+
 def command_sample(arguments: list[str]) -> int:
     """Prints completions, one per line."""
     options = parse("sample", arguments, lambda config: SampleOptions(config=config))
     check(options.config)
+    _refuse_processes("sample", options.config)
     if options.count < 1:
         raise ValueError(f"expected at least 1 completion, got {options.count}; change --count.")
     from hptjax import build
@@ -213,6 +223,7 @@ def command_compare(arguments: list[str]) -> int:
     """Runs the arms, or continues them, and writes the table and the plot."""
     options = parse("compare", arguments, lambda config: CompareOptions(config=config))
     check(options.config)
+    _refuse_processes("compare", options.config)
     arms = tuple(arm.strip() for arm in options.arms.split(",") if arm.strip())
     if not arms or len(set(arms)) != len(arms):
         raise ValueError(f"expected distinct arms separated by commas, got '{options.arms}'; change --arms.")

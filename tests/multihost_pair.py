@@ -74,20 +74,20 @@ def at_step(step: int, act: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def before_rollouts(step: int, act: Callable[[], None]) -> Iterator[None]:
-    """Acts in the faulty process at the first call of the sampler in a step, past all meetings before it."""
-    roll_out = loop.roll_out
+def before_last_micro_batch(step: int, act: Callable[[], None]) -> Iterator[None]:
+    """Acts in the faulty process past all meetings of a step: the other is inside the program, and then reads it."""
+    apply = loop._apply_updates
 
-    def wrapped(open_step, params, *, sample, **options):
-        def sampled(*arguments, **more):
-            if jax.process_index() == FAULTY and open_step.step == step:
+    def apply_updates(stage, state, progress, *rest):
+        def micro_step(now, micro_batch, is_last):
+            if jax.process_index() == FAULTY and progress.step == step and to_host(is_last):
                 act()
-            return sample(*arguments, **more)
+            return stage.micro_step(now, micro_batch, is_last)
 
-        return roll_out(open_step, params, sample=sampled, **options)
+        return apply(dataclasses.replace(stage, micro_step=micro_step), state, progress, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "roll_out", wrapped)
+        patch.setattr(loop, "_apply_updates", apply_updates)
         yield
 
 
@@ -147,7 +147,8 @@ FAULTS: dict[str, Callable[[], list[contextlib.AbstractContextManager]]] = {
     "late": lambda: [short_limit(), at_step(1, oversleep)],
     "stop": lambda: [dead_worker(2), at_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))],
     "kill": lambda: [at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL))],
-    "stuck": lambda: [short_limit(), before_rollouts(1, lambda: time.sleep(1000))],
+    "stuck": lambda: [short_limit(), before_last_micro_batch(1, lambda: time.sleep(1000))],
+    "kill_inside": lambda: [before_last_micro_batch(1, lambda: os.kill(os.getpid(), signal.SIGKILL))],
     "freeze": lambda: [short_limit(), at_step(1, lambda: os.kill(os.getpid(), signal.SIGSTOP))],
 }
 

@@ -21,6 +21,7 @@ import pytest
 
 import hptjax.build.parts as build_parts
 import hptjax.build.run as build_run
+from hptjax import cli
 from hptjax.config import DistributedConfig, MeshConfig
 from hptjax.models import decoder
 from hptjax.models.folder import load_folder, save_folder
@@ -35,6 +36,7 @@ from hptjax.sharding.rules import named_shardings
 from hptjax.train.accumulate import Status
 from tests import recorded, tiny
 from tests.multihost_pair import INSIDE, STEPS, compiled_once, pair_config, save_inside_a_window, taken_up
+from tests.test_bad_input import config_file
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIMIT_S = 400  # of a pair; so that a hang is a failure and no hang
@@ -225,8 +227,8 @@ def test_multihost_frozen_process_ends_the_other(tmp_path):
 def test_multihost_process_that_never_comes_to_a_program_ends_the_other(tmp_path):
     """The other waits inside a program on the devices: only the watchdog's thread can end it, and then the first."""
     assert statuses(tmp_path, ["cli", "whole:stuck"]) == [1, 1]
-    assert "for process 1 (distributed.timeout_s): process 1 was last at 'rollout'" in log(tmp_path, 0)
-    assert "hptjax: process 0 failed at 'rollout'" in log(tmp_path, 1)
+    assert "s at 'update' for process 1 (distributed.timeout_s): process 1 was last at 'update'" in log(tmp_path, 0)
+    assert "hptjax: process 0 failed at 'update'" in log(tmp_path, 1)
 
 
 # Without a second process
@@ -261,6 +263,13 @@ def test_multihost_wrong_fields_are_refused_before_anything_is_written(tmp_path)
     with pytest.raises(ValueError, match=r"expected distributed\.coordinator"):
         tiny.train(config)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "sample", "compare"])
+def test_multihost_other_commands_are_for_one_process(tmp_path, capsys, command):
+    config = dataclasses.replace(tiny.tiny_config(tmp_path), distributed=DistributedConfig(mode="auto"))
+    assert cli.run([command, config_file(config, tmp_path / "run.toml")]) == cli.BAD_INPUT
+    assert f"one process for `hptjax {command}`, got distributed.mode = 'auto'" in capsys.readouterr().err
 
 
 def test_multihost_no_cluster_is_an_error_that_says_what_to_set():
