@@ -184,7 +184,7 @@ def test_multihost_late_process_is_an_error_with_its_name(pair):
 
 
 @pytest.mark.parametrize("way", ["one process to two", "two processes to one"])
-def test_multihost_run_moves_between_process_counts(pair, alone, way):
+def test_t17_multihost_run_moves_between_process_counts(pair, alone, way):
     """Saved inside an open window: its counts bitwise, its losses and the next five within 1e-4 (contract 3)."""
     (folder, _), (saved, policy, stage) = pair, alone
     expected = taken_up(policy, stage, saved / "one")
