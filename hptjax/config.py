@@ -192,6 +192,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0  # global gradient norm
+    host_memory: bool = False  # moments in the host's memory, on the device only during an update (TPU, GPU)
     skip_norm: float | None = None  # an update with a larger norm is skipped and counted
     nonfinite: Literal["raise", "skip_window"] = "raise"  # what a non-finite micro-batch does
 

@@ -25,7 +25,7 @@ from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import one_at_a_time
 from hptjax.sharding.rules import replicated
 from hptjax.train.objective import TokenStatsFn, make_losses
-from hptjax.train.optimizer import make_optimizer, make_schedule
+from hptjax.train.optimizer import HOST_MEMORY, check_host_memory, in_host_memory, make_optimizer, make_schedule
 from hptjax.train.stage import Stage
 from hptjax.train.state import MicroStep, TrainState, init_state, jit_step, placed, state_shardings
 from hptjax.train.step import Losses, make_micro_step, make_named_gradients
@@ -131,7 +131,10 @@ def build_step(
         return init_state(params, optimizers, stats, config.batch.max_micro_batches)
 
     state = jax.eval_shape(fresh, {"policy": params})
-    places = state_shardings(state, {"policy": shardings}, replicated(mesh))
+    memory = HOST_MEMORY if config.optimizer.host_memory else None
+    if memory is not None:
+        check_host_memory(mesh.devices.flat[0])
+    places = state_shardings(state, {"policy": shardings}, replicated(mesh), optimizer_memory=memory)
     micro_step = make_micro_step(
         losses, optimizers, skip_norm=config.optimizer.skip_norm, checksum_every=config.train.checksum_every
     )
@@ -179,7 +182,7 @@ def _schedule(config: Config, stage: StageConfig) -> optax.Schedule:
 
 def _optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
     optimizer = config.optimizer
-    return make_optimizer(
+    chain = make_optimizer(
         schedule,
         b1=optimizer.b1,
         b2=optimizer.b2,
@@ -187,6 +190,7 @@ def _optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransf
         weight_decay=optimizer.weight_decay,
         clip_norm=optimizer.clip_norm,
     )
+    return in_host_memory(chain) if optimizer.host_memory else chain
 
 
 def _probe(mesh: Mesh, losses: Losses) -> Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]]:

@@ -95,7 +95,8 @@ def checksums(leaves: Mapping[str, Any]) -> UInt[np.ndarray, " n"]:
 
 @jax.jit
 def _checksums(arrays: list[Any]) -> list[UInt[Array, ""]]:
-    return [word_sum(array) for array in arrays]
+    # moments may lie in the host's memory (`optimizer.host_memory`)
+    return [word_sum(jax.device_put(array, jax.memory.Space.Device)) for array in arrays]
 
 
 def pack_arrays(arrays: Mapping[str, np.ndarray]) -> UInt[np.ndarray, " bytes"]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
 
 from hptjax.types import Params
+
+HOST_MEMORY = "pinned_host"  # the kind of memory of the host that devices read and write by themselves
 
 
 def make_schedule(
@@ -58,3 +62,32 @@ def make_optimizer(
     """Clip by the global norm of the summed gradient, then AdamW with decoupled decay (Loshchilov 2019, 1711.05101)."""
     adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
     return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+
+
+def in_host_memory(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer with its moments in the host's memory: they are on the device from the start of an update to its end.
+
+    A fresh state is where `init` makes it; place it by shardings of memory kind `pinned_host`. Counters stay on the
+    device. The values are those of the optimizer, bit for bit.
+    """
+
+    def moved(state: Any, space: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, state)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, moved(state, jax.memory.Space.Device), params)
+        return updates, moved(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def check_host_memory(device: jax.Device) -> None:
+    """Raises ValueError where a device has no host memory that it can read and write by itself."""
+    if device.platform in ("tpu", "gpu", "cuda"):
+        return  # they have it; a device that is only compiled for cannot be asked
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"optimizer.host_memory = true needs a platform with {HOST_MEMORY} memory, {device.platform} has "
+            f"{', '.join(kinds)}; set optimizer.host_memory to false"
+        )

@@ -188,7 +188,11 @@ def check_after_resume(state: TrainState) -> TrainState:
 
 
 def state_shardings(
-    state: TrainState, params: Mapping[str, Any], replicated: jax.sharding.Sharding
+    state: TrainState,
+    params: Mapping[str, Any],
+    replicated: jax.sharding.Sharding,
+    *,
+    optimizer_memory: str | None = None,
 ) -> list[jax.sharding.Sharding]:
     """Where every leaf of a state lives, in the order of `jax.tree.leaves(state)`.
 
@@ -197,6 +201,7 @@ def state_shardings(
 
     Args
       state: a `TrainState` of arrays or shapes. params: per tree, the shardings of its parameters.
+      optimizer_memory: kind of memory of the optimizer's arrays, counters excepted; None is the device's own.
     """
     shapes = {_names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
     places = {_names(path): place for path, place in jax.tree_util.tree_leaves_with_path(dict(params))}
@@ -209,7 +214,13 @@ def state_shardings(
                 return places[owner]
         return replicated
 
-    return [place_of(_names(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+    def in_memory(path: tuple[str, ...], leaf: Any) -> jax.sharding.Sharding:
+        place = place_of(path, leaf)
+        if optimizer_memory is None or path[0] != "chains" or path[2] != "optimizer" or not leaf.ndim:
+            return place
+        return place.with_memory_kind(optimizer_memory)
+
+    return [in_memory(_names(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
 
 
 def placed(state: TrainState, places: Sequence[jax.sharding.Sharding]) -> TrainState:
