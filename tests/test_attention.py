@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import re
 
 import jax
@@ -12,12 +14,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hptjax.build.attention import SHORT_ROW_TOKENS, build_attention, choose_attention
+from hptjax.config import MeshConfig
 from hptjax.models.attention import attention_step, attention_step_in_blocks, reference_attention
 from hptjax.models.attention_chunked import chunked_attention, chunked_part
 from hptjax.models.attention_kernels import splash_kernel, splash_part
 from hptjax.models.decoder import decode_step, forward, prefill
 from hptjax.sharding.mesh import make_mesh
-from hptjax.sharding.rules import make_rules, partition_spec
+from hptjax.sharding.rules import make_constrain, make_rules, partition_spec
+from hptjax.train.optimizer import check_host_memory, in_host_memory, make_optimizer, make_schedule
+from tests import tiny
 from tests.test_models import FAMILIES, packed_rows, random_params
 
 B, T, H, K, E = 2, 50, 6, 3, 8
@@ -75,7 +80,8 @@ def test_chunked_attention_of_part_of_the_queries_is_that_part():
     query, key, value, segments, _ = rows()
     whole = np.asarray(reference_attention(segments)(query, key, value))
     for first in (20, jnp.asarray(20)):
-        part = chunked_part(query[:, 20:33], key, value, segments[:, 20:33], segments, first, block=8)
+        run = jax.jit(functools.partial(chunked_part, first_query=first, block=8))
+        part = run(query[:, 20:33], key, value, segments[:, 20:33], segments)
         live = np.asarray(segments[:, 20:33]) > 0
         np.testing.assert_allclose(np.asarray(part)[live], whole[:, 20:33][live], rtol=0, atol=2e-5)
 
@@ -179,7 +185,7 @@ def splash_packed(segments, *, heads, block=128):
     return lambda query, key, value: splash_part(kernel, query, key, value, segments, segments)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [pytest.param(64, marks=pytest.mark.slow), 128])
 def test_splash_attention_interpreted_equals_the_reference_forward_and_backward(head_dim):
     inputs = rows((1, 256, 4, 2, head_dim))
     got = results(functools.partial(splash_packed, heads=4), *inputs)
@@ -211,8 +217,13 @@ def on_mesh(name, mesh, *, head_dim=E, block=8, interpret=False):
     )
 
 
-@pytest.mark.parametrize("kind", ["reference", "chunked"])
-@pytest.mark.parametrize("case", MESHES)
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        *[(case, "chunked") for case in MESHES],
+        *[pytest.param(case, "reference", marks=pytest.mark.slow) for case in MESHES],
+    ],
+)
 def test_attention_on_a_mesh_equals_the_reference_forward_and_backward(case, kind, eight_devices):
     sizes, kv_heads = MESHES[case]
     mesh = make_mesh(**sizes, devices=eight_devices[: int(np.prod(list(sizes.values())))])
@@ -221,7 +232,7 @@ def test_attention_on_a_mesh_equals_the_reference_forward_and_backward(case, kin
     check_equal(got, results(reference_attention, *inputs), inputs[3], 2e-5)
 
 
-@pytest.mark.parametrize("sequence", [1, 2])
+@pytest.mark.parametrize("sequence", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_splash_attention_on_a_mesh_equals_the_reference_forward_and_backward(sequence, eight_devices):
     mesh = make_mesh(sequence=sequence, tensor=2, devices=eight_devices[: 2 * sequence])
     inputs = rows((1, 256, 2, 1, 64))
@@ -335,3 +346,165 @@ def test_splash_attention_compiles_for_an_absent_tpu(sizes, tokens, heads, kv_he
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * tokens * 4
     if "sequence" in sizes:
         assert "all-gather" in collectives(compiled.as_text())
+
+
+# what is kept, and where
+
+
+@functools.cache
+def remat_program(remat, attention=reference_attention):
+    """The gradient of a small decoder under a remat policy, compiled; (params, tokens, positions, segments)."""
+
+    def loss(params, *inputs):
+        hidden = forward(
+            params, *inputs, config=FAMILIES["qwen2"], compute_dtype=jnp.float32, remat=remat, attention=attention
+        )
+        live = (inputs[2] > 0)[:, :, None]
+        return jnp.sum(jnp.where(live, hidden, 0) ** 2)
+
+    return jax.jit(jax.grad(loss)).lower(random_params(FAMILIES["qwen2"]), *packed_rows()).compile()
+
+
+IN_TILES = functools.partial(chunked_attention, block=8)
+
+
+@pytest.mark.parametrize(
+    ("remat", "attention"),
+    [
+        ("offload", reference_attention),
+        ("attention", IN_TILES),
+        *[
+            pytest.param(remat, attention, marks=pytest.mark.slow)
+            for remat in ("full", "dots", "dots_no_batch")
+            for attention in (reference_attention, IN_TILES)
+        ],
+    ],
+)
+def test_attention_and_the_rest_have_the_same_gradient_under_every_remat_policy(remat, attention):
+    inputs = (random_params(FAMILIES["qwen2"]), *packed_rows())
+    for ours, theirs in zip(
+        jax.tree.leaves(remat_program(remat, attention)(*inputs)),
+        jax.tree.leaves(remat_program("none", attention)(*inputs)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.slow
+def test_attention_and_the_rest_are_kept_as_the_remat_policy_says():
+    layers = 8
+    config = dataclasses.replace(
+        FAMILIES["qwen2"], num_layers=layers, hidden_size=64, mlp_size=256, num_heads=4, head_dim=16
+    )
+    tokens, positions, segments = packed_rows(((200, 56), (256,)), row_tokens=256)
+    packed = functools.partial(chunked_attention, block=64)
+
+    def kept(remat):
+        def loss(params):
+            keywords = {"config": config, "compute_dtype": jnp.float32, "remat": remat, "attention": packed}
+            return jnp.sum(forward(params, tokens, positions, segments, **keywords) ** 2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(random_params(config)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    sizes = {remat: kept(remat) for remat in ("none", "dots", "dots_no_batch", "attention", "full")}
+    assert list(sizes) == sorted(sizes, key=sizes.__getitem__, reverse=True), sizes
+    mixtures = layers * 2 * 256 * 64 * 4  # what `attention` keeps beside the layers' inputs
+    assert 0.5 * mixtures < sizes["attention"] - sizes["full"] < 2 * mixtures
+
+
+def toy_optimizer(host):
+    chain = make_optimizer(
+        make_schedule("constant", 0.1, warmup_steps=0, decay_steps=1),
+        b1=0.9,
+        b2=0.99,
+        eps=1e-8,
+        weight_decay=0.1,
+        clip_norm=1.0,
+    )
+    return in_host_memory(chain) if host else chain
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_plan_of_moments_in_host_memory_gives_the_same_updates_bitwise(devices, eight_devices):
+    mesh = make_mesh(fsdp=devices, devices=eight_devices[:devices])
+    place = NamedSharding(mesh, PartitionSpec("fsdp"))
+    params = {"kernel": jax.device_put(np.linspace(-1, 1, 32, dtype=np.float32).reshape(8, 4), place)}
+
+    def trained(host):
+        optimizer = toy_optimizer(host)
+        state = optimizer.init(params)
+        memory = "pinned_host" if host else "device"
+        places = jax.tree.map(
+            lambda leaf: place.with_memory_kind(memory) if leaf.ndim else NamedSharding(mesh, PartitionSpec()), state
+        )
+        state, now = jax.device_put(state, places), params
+
+        @functools.partial(jax.jit, out_shardings=({"kernel": place}, places))
+        def step(params, state):
+            def advance(params, state):
+                updates, state = optimizer.update(jax.tree.map(jnp.sin, params), state, params)
+                return jax.tree.map(jnp.add, params, updates), state
+
+            return jax.lax.cond(jnp.sum(params["kernel"]) < 1e9, advance, lambda *same: same, params, state)
+
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes them
+            for _ in range(3):
+                now, state = step(now, state)
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state) if leaf.ndim}
+        assert kinds == {memory}
+        return [np.asarray(now["kernel"]), *map(np.asarray, jax.tree.leaves(state))]
+
+    for ours, theirs in zip(trained(True), trained(False), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_plan_of_moments_in_host_memory_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match=r"optimizer.host_memory = true needs .* toy has device; set"):
+        check_host_memory("toy", ["device"])
+
+
+@pytest.mark.slow
+def test_plan_of_a_run_with_moments_in_host_memory_resumes_and_ends_with_the_same_rows(tmp_path):
+    """The product's own loop: two steps, a resume, a third; against the same run with moments on the device."""
+    ledgers = []
+    for host in (False, True):
+        config = tiny.tiny_config(tmp_path / str(host), mesh=MeshConfig(fsdp=2, devices=2))
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, host_memory=host))
+        for steps in (2, 3):
+            tiny.train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)))
+        lines = next((tmp_path / str(host)).glob("runs/*/ledger.jsonl")).read_text().splitlines()
+        ledgers.append([(row["grad_norm"], row["digest"]) for row in map(json.loads, lines)])
+    assert len(ledgers[0]) == 3
+    assert ledgers[0] == ledgers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["chunked", "reference"])
+def test_attention_of_long_rows_in_a_whole_step_on_a_mesh_equals_one_device(kind, eight_devices):
+    """The decoder's forward and gradient with the time axis over 1, 2 and 4 devices."""
+    config = dataclasses.replace(FAMILIES["qwen3"], num_heads=4, num_kv_heads=2, hidden_size=16, mlp_size=32)
+    tokens, positions, segments = packed_rows(((100, 60, 90), (256,)), row_tokens=256)
+    params, gradients = random_params(config), []
+    for sequence in (1, 2, 4):
+        mesh = make_mesh(sequence=sequence, fsdp=2, devices=eight_devices[: 2 * sequence])
+        constrain = make_constrain(mesh, make_rules("fsdp"))
+
+        def loss(params, constrain=constrain, mesh=mesh):
+            hidden = forward(
+                params,
+                tokens,
+                positions,
+                segments,
+                config=config,
+                compute_dtype=jnp.float32,
+                constrain=constrain,
+                attention=on_mesh(kind, mesh, head_dim=6, block=32),
+                remat="attention",
+            )
+            return jnp.sum(jnp.where((segments > 0)[:, :, None], hidden, 0) ** 2)
+
+        gradients.append(jax.jit(jax.grad(loss))(params))
+    for other in gradients[1:]:
+        for ours, theirs in zip(jax.tree.leaves(other), jax.tree.leaves(gradients[0]), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())

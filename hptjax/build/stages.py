@@ -133,7 +133,8 @@ def build_step(
     state = jax.eval_shape(fresh, {"policy": params})
     memory = HOST_MEMORY if config.optimizer.host_memory else None
     if memory is not None:
-        check_host_memory(mesh.devices.flat[0])
+        device = mesh.devices.flat[0]
+        check_host_memory(device.platform, [memory.kind for memory in device.addressable_memories()])
     places = state_shardings(state, {"policy": shardings}, replicated(mesh), optimizer_memory=memory)
     micro_step = make_micro_step(
         losses, optimizers, skip_norm=config.optimizer.skip_norm, checksum_every=config.train.checksum_every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -65,7 +66,7 @@ def make_optimizer(
 
 
 def in_host_memory(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer with its moments in the host's memory: they are on the device from the start of an update to its end.
+    """The optimizer with its moments in the host's memory: during an update they are on the device.
 
     A fresh state is where `init` makes it; place it by shardings of memory kind `pinned_host`. Counters stay on the
     device. The values are those of the optimizer, bit for bit.
@@ -81,13 +82,10 @@ def in_host_memory(optimizer: optax.GradientTransformation) -> optax.GradientTra
     return optax.GradientTransformation(optimizer.init, update)
 
 
-def check_host_memory(device: jax.Device) -> None:
-    """Raises ValueError where a device has no host memory that it can read and write by itself."""
-    if device.platform in ("tpu", "gpu", "cuda"):
-        return  # they have it; a device that is only compiled for cannot be asked
-    kinds = [memory.kind for memory in device.addressable_memories()]
+def check_host_memory(platform: str, kinds: Sequence[str]) -> None:
+    """Raises ValueError where a device, which has these kinds of memory, cannot read and write the host's by itself."""
     if HOST_MEMORY not in kinds:
         raise ValueError(
-            f"optimizer.host_memory = true needs a platform with {HOST_MEMORY} memory, {device.platform} has "
+            f"optimizer.host_memory = true needs a platform with {HOST_MEMORY} memory, {platform} has "
             f"{', '.join(kinds)}; set optimizer.host_memory to false"
         )
