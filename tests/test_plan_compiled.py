@@ -22,6 +22,7 @@ from hptjax.config import BatchConfig, Config, DataConfig, MeshConfig, ModelConf
 from hptjax.config_batch import stage_list
 from hptjax.models import decoder
 from hptjax.models.shape import DecoderConfig
+from hptjax.plan import command
 from hptjax.plan.chips import CHIPS, Slices, parse_topology
 from hptjax.plan.compiled import compile_program, from_json, kept
 from hptjax.plan.environment import WITHOUT_CHIPS
@@ -111,7 +112,10 @@ def test_plan_agrees_with_the_unrolled_program(eight_devices, monkeypatch, compi
     counted = program_flops(config, shape, "train step", platform="cpu")
     assert counted.total / 8 == pytest.approx(program.cost_analysis()["flops"], rel=0.15)
     assert sent(rolled) == pytest.approx(sent(unrolled), rel=0.15)
-    assert rolled.memory_bytes == pytest.approx(unrolled.memory_bytes, rel=0.15)
+    if (
+        remat == "full"
+    ):  # else a loop stacks what it keeps and takes it apart again, which a program without one need not
+        assert rolled.memory_bytes == pytest.approx(unrolled.memory_bytes, rel=0.15)
     assert rolled.unknown_loops == unrolled.unknown_loops == 0
 
 
@@ -290,3 +294,27 @@ def test_plan_command_refuses_before_it_compiles(tmp_path):
         assert done.returncode == 2
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_plan_search_compiles_the_best_and_plans_the_first(eight_devices, monkeypatch, capsys):
+    monkeypatch.setattr(command, "COMPILED_CANDIDATES", 2)
+    asked = command.Asked(shape_of(1), EIGHT, eight_devices, None, lambda line: None)
+    plan = command.best_plan(asked, config_of())
+    printed = capsys.readouterr().out
+    assert "these were compiled" in printed
+    assert plan.step is not None
+    assert set(plan.programs) >= {"train step", "score", "prefill", "decode"}
+
+
+@pytest.mark.slow
+def test_plan_finds_the_largest_batch_by_compiling(eight_devices):
+    config = config_of()
+    asked = command.Asked(shape_of(1), EIGHT, eight_devices, None, lambda line: None)
+    plan = asked.plan(config, only=("train step",))
+    roomy = command.train_peak(plan)
+    tight = dataclasses.replace(EIGHT, chip=dataclasses.replace(EIGHT.chip, usable_bytes=int(1.5 * roomy)))
+    asked = dataclasses.replace(asked, slices=tight)
+    rows = command.largest_rows(asked, config, dataclasses.replace(plan, topology=tight))
+    assert rows >= config.batch.rows
+    assert rows % 4 == 0

@@ -191,8 +191,8 @@ def memory_bytes(program: Program, computation: Computation, entry: Instruction)
         return 0.0
     written = size_of(entry.type, hbm_only=True)
     sources = [computation.instructions[name] for name in entry.operands if name in computation.instructions]
-    if entry.opcode.endswith("-start"):  # a copy: each end counts where it lies in the memory
-        return max((size_of(source.type, hbm_only=True) for source in sources), default=0.0) if written else 0.0
+    if entry.opcode.endswith("-start"):  # of (operands, results, ...), what is moved is no larger than either
+        return min((size_of(f"{kind}[{','.join(map(str, sizes))}]") for kind, sizes, _ in _large(entry)), default=0.0)
     if entry.opcode in READ_IN_PART:
         return 2 * written
     if entry.opcode in WRITTEN_IN_PART:
@@ -207,6 +207,11 @@ def memory_bytes(program: Program, computation: Computation, entry: Instruction)
         if place in parameters
     )
     return read + min(written, _written_inside(inner))
+
+
+def _large(entry: Instruction) -> list[tuple[str, tuple[int, ...], str]]:
+    """The arrays of an instruction's type without the few words that keep its state."""
+    return [array for array in arrays(entry.type) if len(array[1]) > 0]
 
 
 def _read_inside(program: Program, computation: Computation, name: str) -> float:
