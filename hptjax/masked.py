@@ -6,7 +6,10 @@ a whole update.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from jaxtyping import Float
 
 Number = float | int | np.number
 
@@ -25,3 +28,9 @@ def mean(values: np.ndarray) -> float:
     """Mean of a host array over all its entries; NaN of an empty one."""
     values = np.asarray(values, np.float64)
     return ratio(values.sum(), values.size)
+
+
+def inverse_counts(counts: Float[Any, "..."]) -> Float[Any, "..."]:
+    """`1 / count` entry by entry, 0 where nothing was counted; for host and device arrays of any float type."""
+    empty = (counts == 0).astype(counts.dtype)
+    return (1 - empty) / (counts + empty)

@@ -12,6 +12,7 @@ from hptjax.losses.entropy import entropy_token_loss
 from hptjax.losses.stability import everywhere
 from hptjax.losses.table import DR_GRPO, policy_token_loss
 from hptjax.losses.upge import upge_token_loss, weighted_sum
+from hptjax.losses.view import TokenView
 
 V = 6
 PAIRS = ((kl.k1, kl.k1_token_loss), (kl.k2, kl.k2_token_loss), (kl.k3, kl.k3_token_loss))
@@ -119,7 +120,8 @@ def test_equal_rewards_give_no_gradient_but_entropy_does_property_17():
     def loss(z, entropy_coefficient):
         logprobs = jax.nn.log_softmax(z)
         policy = weighted_sum(
-            policy_token_loss(DR_GRPO(), logprobs[:, :, 0], logprobs[:, :, 0], advantages), jnp.ones((1, 2))
+            policy_token_loss(DR_GRPO(), TokenView(logprobs[:, :, 0], rollout_logprobs=logprobs[:, :, 0]), advantages),
+            jnp.ones((1, 2)),
         )
         entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
         return policy + weighted_sum(entropy_token_loss(entropy), jnp.full((1, 2), entropy_coefficient))

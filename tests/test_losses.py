@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hptjax.losses import table
 from hptjax.losses.advantages import centred, ones, raw_reward, signed, standardised
 from hptjax.losses.denominators import current_policy, rollout_policy, unit
 from hptjax.losses.reducers import Population, constant, official_rl, official_sft, token_mean
 from hptjax.losses.stability import everywhere, ppo_clip
-from hptjax.losses.table import DR_GRPO, GRPO, PPO, REINFORCE, SFT, Estimator, policy_token_loss
+from hptjax.losses.table import DR_GRPO, GRPO, PPO, REINFORCE, SFT, Estimator
 from hptjax.losses.upge import coefficient_token_loss, upge_coefficient, upge_token_loss, weighted_sum
+from hptjax.losses.view import TokenView
 
 B, T, V = 3, 4, 5
 ROWS = (SFT, REINFORCE, PPO((0.2, 0.2)), GRPO((0.2, 0.28)), DR_GRPO((0.2, 0.2)), DR_GRPO())
@@ -34,6 +36,17 @@ def toy(seed: int = 0):
     advantages = rng.normal(size=(B, T)).astype(np.float32)
     weights = rng.uniform(0.1, 1, (B, T)) * (np.arange(T)[None, :] < np.array([4, 2, 3])[:, None])
     return logits, targets, (logprobs - np.log(ratio)).astype(np.float32), advantages, weights.astype(np.float32)
+
+
+def policy_token_loss(row, logprobs, old, advantages):
+    """The row's token loss, every token live and every batch row a sequence of its own."""
+    return table.policy_token_loss(row, view_of(logprobs, old), advantages)
+
+
+def view_of(logprobs, old):
+    shape = np.shape(logprobs)
+    segments = np.ones(shape, np.int32)
+    return TokenView(logprobs, rollout_logprobs=old, segment_ids=segments, live=np.ones(shape, bool))
 
 
 def target_logprobs(logits, targets):
@@ -161,20 +174,25 @@ def test_clip_rows_equal_gradient_of_min_clip_surrogate_property_5(row):
     assert 0 < masked_off.sum() < masked_off.size  # some tokens are clipped, not all
 
 
+def moved(log_ratio):
+    """A view whose log ratios to the rollout policy are these."""
+    return view_of(log_ratio, np.zeros_like(log_ratio))
+
+
 def test_ppo_clip_mask_four_quadrants_property_5():
     # A:     +    +    -    -   ratio 1.5 and 0.5 at 0.2: only the harmful direction is off
-    mask = ppo_clip(0.2, 0.2)(np.log([[1.5, 0.5, 1.5, 0.5]]), np.array([[1.0, 1.0, -1.0, -1.0]]))
+    mask = ppo_clip(0.2, 0.2)(moved(np.log([[1.5, 0.5, 1.5, 0.5]])), np.array([[1.0, 1.0, -1.0, -1.0]]))
     np.testing.assert_array_equal(mask, [[0, 1, 1, 0]])
 
 
 def test_ppo_clip_higher_keeps_what_symmetric_clip_drops_property_6():
-    log_ratio, advantages = np.log(np.array([[1.25, 1.29]])), np.ones((1, 2))
+    log_ratio, advantages = moved(np.log(np.array([[1.25, 1.29]]))), np.ones((1, 2))
     np.testing.assert_array_equal(ppo_clip(0.2, 0.28)(log_ratio, advantages), [[1, 0]])
     np.testing.assert_array_equal(ppo_clip(0.2, 0.2)(log_ratio, advantages), [[0, 0]])
 
 
 def test_ppo_clip_infinite_width_never_masks_and_negative_width_raises():
-    log_ratio, advantages = np.array([[40.0, -40.0]]), np.array([[1.0, -1.0]])
+    log_ratio, advantages = moved(np.array([[40.0, -40.0]])), np.array([[1.0, -1.0]])
     np.testing.assert_array_equal(ppo_clip(math.inf, math.inf)(log_ratio, advantages), [[1, 1]])
     with pytest.raises(ValueError, match="clip"):
         ppo_clip(-0.1, 0.2)
@@ -210,14 +228,15 @@ def test_rows_name_their_four_components():
 # A new method is one row
 
 
-def luffy_denominator(logprobs, rollout_logprobs):
+def luffy_denominator(view, advantages):
     """log of (p + g)^2 / g with g = 0.1: the weight p / d is g p / (p + g)^2."""
-    return jax.lax.stop_gradient(2 * jnp.log(jnp.exp(logprobs) + 0.1) - math.log(0.1))
+    return jax.lax.stop_gradient(2 * jnp.log(jnp.exp(view.logprobs) + 0.1) - math.log(0.1))
 
 
-def cispo_denominator(logprobs, rollout_logprobs):
+def cispo_denominator(view, advantages):
     """log of p / clip(ratio, 0.8, 1.2)."""
-    return jax.lax.stop_gradient(logprobs - jnp.log(jnp.clip(jnp.exp(logprobs - rollout_logprobs), 0.8, 1.2)))
+    ratio = jnp.exp(view.logprobs - view.rollout_logprobs)
+    return jax.lax.stop_gradient(view.logprobs - jnp.log(jnp.clip(ratio, 0.8, 1.2)))
 
 
 def extended(name, **components):

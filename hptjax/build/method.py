@@ -97,8 +97,9 @@ def _policy_loss(estimator: table.Estimator, scored: bool) -> TokenLoss:
     """The row's token loss; without a score pass the rollout policy is the current one, at ratio exactly 1."""
 
     def token_loss(view, advantages):
-        rollout = view.rollout_logprobs if scored else jax.lax.stop_gradient(view.logprobs)
-        return table.policy_token_loss(estimator, view.logprobs, rollout, advantages)
+        if not scored:
+            view = dataclasses.replace(view, rollout_logprobs=jax.lax.stop_gradient(view.logprobs))
+        return table.policy_token_loss(estimator, view, advantages)
 
     return token_loss
 

@@ -7,42 +7,52 @@ Everything that could differ between splits (normalisers, advantages, the gate) 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Float
 
 from hptjax.losses.kl import k3
 from hptjax.losses.logprobs import TokenStats
 from hptjax.losses.stability import StabilityMask
 from hptjax.losses.upge import weighted_sum
+from hptjax.losses.view import TokenView
 from hptjax.records import Source
 from hptjax.types import Array, MicroBatch, Params, Peak, Stat, SumCount
 
-TokenLoss = Callable[["TokenView", Float[Array, "B T"]], Float[Array, "B T"]]
+TokenLoss = Callable[[TokenView, Float[Array, "B T"]], Float[Array, "B T"]]
 """What a term needs of the tokens, and its advantages -> its loss per token, before weights."""
 
 TokenStatsFn = Callable[[Params, MicroBatch], TokenStats]
 """Policy parameters and a micro-batch -> log-probs and entropy of its target tokens: the only model call."""
 
 
-@struct.dataclass
-class TokenView:
-    """What a term's token loss may look at; gradients flow through `logprobs` and `entropy` only."""
-
-    logprobs: Float[Array, "B T"]
-    entropy: Float[Array, "B T"] | None
-    rollout_logprobs: Float[Array, "B T"]
-    reference_logprobs: Float[Array, "B T"]
-
-
 def per_token(segment_values: Float[Array, "B S"], micro_batch: MicroBatch, *, padding: float) -> Float[Array, "B T"]:
     """A per-segment scalar, spread over its tokens; `padding` where there is no segment."""
     slots = jnp.maximum(micro_batch.segment_ids - 1, 0)
     return jnp.where(micro_batch.segment_ids > 0, jnp.take_along_axis(segment_values, slots, axis=1), padding)
+
+
+def token_view(stats: TokenStats, micro_batch: MicroBatch) -> TokenView:
+    """What terms may read of a micro-batch; its live tokens are those of any term."""
+    return TokenView(
+        logprobs=stats.logprobs,
+        entropy=stats.entropy,
+        rollout_logprobs=micro_batch.rollout_logprobs,
+        sampler_logprobs=micro_batch.sampler_logprobs,
+        reference_logprobs=micro_batch.reference_logprobs,
+        segment_ids=micro_batch.segment_ids,
+        live=micro_batch.completion_mask,
+        max_segments=micro_batch.source.shape[1],
+    )
+
+
+def term_view(view: TokenView, micro_batch: MicroBatch, name: str) -> TokenView:
+    """The view of one term: a sequence's statistics count the tokens that the term weighs, and no others."""
+    return dataclasses.replace(view, live=micro_batch.planes[name].weights != 0)
 
 
 def make_losses(
@@ -65,9 +75,12 @@ def make_losses(
 
     def losses(params: Mapping[str, Params], micro_batch: MicroBatch) -> tuple[dict[str, Any], dict[str, Stat]]:
         stats = token_stats(params["policy"], micro_batch)
-        view = TokenView(stats.logprobs, stats.entropy, micro_batch.rollout_logprobs, micro_batch.reference_logprobs)
+        view = token_view(stats, micro_batch)
         named = {
-            name: weighted_sum(token_loss(view, micro_batch.planes[name].advantages), micro_batch.planes[name].weights)
+            name: weighted_sum(
+                token_loss(term_view(view, micro_batch, name), micro_batch.planes[name].advantages),
+                micro_batch.planes[name].weights,
+            )
             for name, token_loss in token_losses.items()
         }
         return named, _statistics(view, micro_batch, named, scored, stability_mask)
@@ -108,7 +121,8 @@ def _statistics(
     if scored:
         stats["actor/ppo_kl"] = over(rollout, -log_ratio)
     if stability_mask is not None:
-        stats["actor/pg_clipfrac"] = over(rollout, 1.0 - stability_mask(log_ratio, micro_batch.planes["rl"].advantages))
+        mask = stability_mask(term_view(view, micro_batch, "rl"), micro_batch.planes["rl"].advantages)
+        stats["actor/pg_clipfrac"] = over(rollout, 1.0 - mask)
     if view.entropy is not None:
         stats["actor/entropy"] = over(live, jax.lax.stop_gradient(view.entropy))
     for name, value in named.items():
