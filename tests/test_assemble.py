@@ -547,3 +547,62 @@ def test_assemble_names_the_term_that_is_wrong() -> None:
     bad = dataclasses.replace(RL, reducer=lambda population: np.full(2, np.inf))
     with pytest.raises(ValueError, match=r"term 'rl': sample 0/0/0 has token weight inf"):
         assemble(samples, [bad], **LIMITS)
+
+
+# Advantages per token
+
+
+def advantages_of(update: Update, sample_id: SampleId, term: str = "rl") -> list[float]:
+    """The advantages on the live tokens of one packed sample, in order."""
+    index = update.sample_ids.index(sample_id)
+    for batch in update.micro_batches:
+        for row, seat in np.argwhere(np.asarray(batch.sample_index) == index).tolist():
+            here = (batch.segment_ids[row] == seat + 1) & batch.completion_mask[row]
+            return batch.planes[term].advantages[row][here].tolist()
+    raise AssertionError(f"{sample_id} is in no micro-batch")
+
+
+def by_place(rewards: np.ndarray, group_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The reward plus a tenth of the token's place in its completion."""
+    return np.concatenate([r + 0.1 * np.arange(n) for r, n in zip(rewards, lengths, strict=True)])
+
+
+RAGGED = [make_sample(q, i, completion=1 + (2 * q + 3 * i) % 5, reward=float(i)) for q in range(3) for i in range(4)]
+
+
+def test_assemble_token_advantages_reach_their_tokens_and_the_dead_have_none():
+    dead = frozenset({RAGGED[2].sample_id})
+    term = dataclasses.replace(RL, token_advantage=by_place)
+    update = assemble(RAGGED, [term], dead=dead, **LIMITS)
+    for sample in RAGGED:
+        if sample.sample_id not in dead:
+            want = sample.reward + 0.1 * np.arange(len(sample.completion_tokens))
+            np.testing.assert_allclose(advantages_of(update, sample.sample_id), want, rtol=1e-6)
+    assert not dead & set(update.sample_ids)
+
+
+def test_assemble_given_advantages_may_be_arrays_and_numbers_mixed():
+    given = {
+        s.sample_id: 0.5 if s.sample_id.index == 0 else -np.arange(len(s.completion_tokens), dtype=float)
+        for s in RAGGED
+    }
+    update = assemble(RAGGED, [RL, SFT], advantages={"rl": given}, **LIMITS)
+    for sample in RAGGED:
+        want = np.broadcast_to(given[sample.sample_id], len(sample.completion_tokens))
+        np.testing.assert_array_equal(advantages_of(update, sample.sample_id), want)
+    # one number for every token is what one number for the sample is
+    alike = {s.sample_id: np.full(len(s.completion_tokens), s.reward) for s in RAGGED}
+    scalar = {s.sample_id: s.reward for s in RAGGED}
+    first, second = (assemble(RAGGED, [RL], advantages={"rl": g}, **LIMITS).micro_batches for g in (alike, scalar))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.planes["rl"].advantages, b.planes["rl"].advantages)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [(np.zeros(9), r"0/0/1.*9 advantages for 4 tokens"), (np.full(4, np.nan), r"0/0/1.*not finite")],
+)
+def test_assemble_refuses_malformed_token_advantages(wrong, message):
+    given = {s.sample_id: wrong if s is RAGGED[1] else 0.0 for s in RAGGED}
+    with pytest.raises(ValueError, match=message):
+        assemble(RAGGED, [RL], advantages={"rl": given}, **LIMITS)

@@ -73,7 +73,10 @@ def micro_batch_arrays(
         where = _runs(base + value.start, run)
         weights, advantages = positions_array(np.float32), positions_array(np.float32)
         weights[where] = np.repeat(value.token_weights, run)
-        advantages[where] = np.repeat(value.advantages, run)
+        if value.token_advantages is None:
+            advantages[where] = np.repeat(value.advantages, run)
+        elif where.size:
+            advantages[where] = np.concatenate(value.token_advantages)
         planes[name] = (cut(weights), cut(advantages))
         if name in active:
             mask[where] = True

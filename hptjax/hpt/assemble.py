@@ -11,7 +11,7 @@ from jaxtyping import Int, UInt32
 from hptjax.hpt.arrays import micro_batch_arrays
 from hptjax.hpt.digest import digest, sample_hashes
 from hptjax.hpt.pack import group_rows, pack
-from hptjax.hpt.terms import Term, TermValues, live_token_counts, target_length, term_values
+from hptjax.hpt.terms import GivenAdvantage, Term, TermValues, live_token_counts, target_length, term_values
 from hptjax.masked import ratio
 from hptjax.records import Sample, SampleId, Source
 from hptjax.types import MicroBatch
@@ -80,7 +80,7 @@ def assemble(
     max_segments: int,
     max_micro_batches: int,
     dead: frozenset[SampleId] = frozenset(),
-    advantages: Mapping[str, Mapping[SampleId, float]] | None = None,
+    advantages: Mapping[str, Mapping[SampleId, GivenAdvantage]] | None = None,
     partition: Mapping[SampleId, int] | None = None,
 ) -> Update:
     """The update that `samples` and `terms` make: weights from the whole update, then packed micro-batches.
@@ -93,7 +93,7 @@ def assemble(
       terms: one plane each; a token is live if a term with coefficient > 0 covers it, whatever its advantage.
       rows, row_tokens, max_segments, max_micro_batches: config `batch.*`: B, T, S and M of `MicroBatch`.
       dead: samples that count in the statistics of their group and nowhere else, e.g. overlong ones.
-      advantages: term name -> sample id -> given advantage, instead of the term's own.
+      advantages: term name -> sample id -> given advantage (or one per token of its run), instead of the term's own.
       partition: sample id -> logical micro-batch, for reducers that ask for it.
     Raises ValueError, naming the sample or the config field: a repeated sample id or term name, a malformed sample,
       one longer than a row, more micro-batches than `max_micro_batches`, a weight or advantage that is not finite.
@@ -204,6 +204,7 @@ def _take(values: TermValues, places: Int[np.ndarray, " L"]) -> TermValues:
         stop=values.stop[places],
         token_weights=values.token_weights[places],
         advantages=values.advantages[places],
+        token_advantages=values.token_advantages and tuple(values.token_advantages[i] for i in places.tolist()),
     )
 
 

@@ -14,7 +14,11 @@ from jaxtyping import Bool, Float, Int
 
 from hptjax.losses.advantages import AdvantageFn
 from hptjax.losses.reducers import Population, Reducer
+from hptjax.losses.returns import TokenAdvantageFn
 from hptjax.records import Sample, SampleId, Source
+
+# what a caller may give for a sample: one advantage for all its tokens, or one for each token of its run
+GivenAdvantage = float | np.ndarray
 
 # sample -> (start, stop): a run of its target positions, 0 <= start <= stop <= len(prompt) + len(completion) - 1
 SpanFn = Callable[[Sample], tuple[int, int]]
@@ -57,6 +61,7 @@ class Term:
       coefficient: >= 0; at 0 the plane stays, all zeros, and makes no token live.
       reducer: how the population's tokens share the coefficient, e.g. token mean; counts tokens of the whole update.
       advantage: from rewards and group ids of the whole population; `advantages.ones` for SFT, entropy and KL.
+      token_advantage: instead of it, one advantage per token, from rewards, group ids and the lengths of the runs.
       population: ... of which this may keep a part.
       span: which tokens of a sample; by default those its author wrote. Terms may cover the same tokens.
       normalised_over: samples of these sources stand in the reducer's population beside the members and get no weight
@@ -72,6 +77,7 @@ class Term:
     population: Callable[[Sample], bool] | None = None
     span: SpanFn = written_span
     normalised_over: frozenset[Source] | None = None
+    token_advantage: TokenAdvantageFn | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,12 +88,14 @@ class TermValues:
       start, stop: its run of target positions; equal where the sample is no member, or is dead.
       token_weights: coefficient / normaliser for one token of the sample; 0 where the run is empty.
       advantages: 0 where the weight is 0.
+      token_advantages: instead of them, for each sample one advantage per token of its run; None: all tokens alike.
     """
 
     start: Int[np.ndarray, " N"]
     stop: Int[np.ndarray, " N"]
     token_weights: Float[np.ndarray, " N"]
     advantages: Float[np.ndarray, " N"]
+    token_advantages: tuple[np.ndarray, ...] | None = None
 
 
 def term_values(
@@ -95,7 +103,7 @@ def term_values(
     samples: Sequence[Sample],
     alive: Bool[np.ndarray, " N"],
     *,
-    advantages: Mapping[SampleId, float] | None = None,
+    advantages: Mapping[SampleId, GivenAdvantage] | None = None,
     partition: Mapping[SampleId, int] | None = None,
 ) -> TermValues:
     """Token weights and advantages of a term for every sample of an update.
@@ -106,7 +114,8 @@ def term_values(
 
     Args
       alive: False keeps a sample in its group's statistics and out of the gradient.
-      advantages: given values instead of `term.advantage`, for estimators that need more than rewards.
+      advantages: given values instead of `term.advantage`, for estimators that need more than rewards; one per
+        sample, or one per token of its run.
       partition: sample id -> logical micro-batch, for the reducers that ask for it.
     Raises ValueError for a coefficient, weight or advantage that is negative (not the advantage) or not finite,
       naming term and sample.
@@ -129,10 +138,18 @@ def term_values(
     groups = np.asarray([s.group_id for s in samples], np.int64)
     chosen, normalising = np.asarray(members, np.int64), np.asarray(counted, np.int64)
     outside = np.setdiff1d(normalising, chosen)
+    by_token: list[np.ndarray] | None = None
     if tokens[chosen].any():
         share = term.reducer(_population(samples, normalising, tokens, groups, partition))
         weights[normalising] = term.coefficient * np.asarray(share, np.float64)
-        values[chosen] = _member_advantages(term, [samples[i] for i in members], groups[chosen], advantages)
+        mine = [samples[i] for i in members]
+        if term.token_advantage is None and not _given_by_token(advantages):
+            values[chosen] = _member_advantages(term, mine, groups[chosen], advantages)
+        else:
+            by_token = [np.zeros(0, np.float64)] * count
+            per_member = _token_advantages(term, mine, groups[chosen], tokens[chosen], advantages)
+            for i, each in zip(members, per_member, strict=True):
+                by_token[i] = each
     start[outside] = stop[outside] = tokens[outside] = 0
     weights = np.where(tokens > 0, weights, 0.0)
     values = np.where(weights > 0.0, values, 0.0)
@@ -141,7 +158,21 @@ def term_values(
             f"term {term.name!r}: sample {samples[i].sample_id} has token weight {weights[i]} and advantage "
             f"{values[i]}; expected finite values and a weight >= 0 (a sample that needs a reward may have none)"
         )
-    return TermValues(start=start, stop=stop, token_weights=weights, advantages=values)
+    if by_token is not None:
+        by_token = [
+            each if weight > 0.0 else np.zeros(n, np.float64)
+            for each, weight, n in zip(by_token, weights.tolist(), tokens.tolist(), strict=True)
+        ]
+        for sample, each in zip(samples, by_token, strict=True):
+            if not np.isfinite(each).all():
+                raise ValueError(f"term {term.name!r}: sample {sample.sample_id} has an advantage that is not finite")
+    return TermValues(
+        start=start,
+        stop=stop,
+        token_weights=weights,
+        advantages=values,
+        token_advantages=None if by_token is None else tuple(by_token),
+    )
 
 
 def _population(
@@ -159,21 +190,56 @@ def _population(
     )
 
 
+def _given_by_token(given: Mapping[SampleId, GivenAdvantage] | None) -> bool:
+    return given is not None and any(isinstance(value, np.ndarray) for value in given.values())
+
+
 def _member_advantages(
     term: Term,
     members: Sequence[Sample],
     groups: Int[np.ndarray, " N"],
-    given: Mapping[SampleId, float] | None,
+    given: Mapping[SampleId, GivenAdvantage] | None,
 ) -> Float[np.ndarray, " N"]:
     """The members' advantages: the given ones, or the term's own from the rewards of whole groups."""
     if given is not None:
-        missing = [str(s.sample_id) for s in members if s.sample_id not in given]
-        if missing:
-            raise ValueError(f"term {term.name!r}: advantages were given, but none for the samples {missing[:5]}")
-        return np.asarray([given[s.sample_id] for s in members], np.float64)
+        return np.asarray([given[s.sample_id] for s in _all_given(term, members, given)], np.float64)
+    return _from_rewards(term, members, lambda rewards: term.advantage(rewards, groups))
+
+
+def _token_advantages(
+    term: Term,
+    members: Sequence[Sample],
+    groups: Int[np.ndarray, " N"],
+    tokens: Int[np.ndarray, " N"],
+    given: Mapping[SampleId, GivenAdvantage] | None,
+) -> list[np.ndarray]:
+    """For each member one advantage per token of its run; one given for the whole sample goes to all of them."""
+    if given is not None:
+        values = [np.asarray(given[s.sample_id], np.float64) for s in _all_given(term, members, given)]
+        for sample, value, n in zip(members, values, tokens.tolist(), strict=True):
+            if n and value.ndim and value.shape != (n,):
+                raise ValueError(
+                    f"term {term.name!r}: sample {sample.sample_id} got {value.shape[0]} advantages for {n} tokens"
+                )
+        # a dead sample has no tokens, whatever was given for it
+        return [np.broadcast_to(v, n) if n else np.zeros(0) for v, n in zip(values, tokens.tolist(), strict=True)]
+    assert term.token_advantage is not None
+    per_token = term.token_advantage
+    flat = _from_rewards(term, members, lambda rewards: per_token(rewards, groups, tokens))
+    return np.split(flat, np.cumsum(tokens)[:-1])
+
+
+def _all_given(term: Term, members: Sequence[Sample], given: Mapping[SampleId, GivenAdvantage]) -> Sequence[Sample]:
+    missing = [str(s.sample_id) for s in members if s.sample_id not in given]
+    if missing:
+        raise ValueError(f"term {term.name!r}: advantages were given, but none for the samples {missing[:5]}")
+    return members
+
+
+def _from_rewards(term: Term, members: Sequence[Sample], advantages: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     rewards = np.asarray([np.nan if s.reward is None else s.reward for s in members], np.float64)
     try:
-        return np.asarray(term.advantage(rewards, groups), np.float64)
+        return np.asarray(advantages(rewards), np.float64)
     except ValueError as error:
         unjudged = [str(s.sample_id) for s in members if s.reward is None or not np.isfinite(s.reward)]
         if not unjudged:

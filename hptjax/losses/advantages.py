@@ -30,12 +30,12 @@ def raw_reward(rewards: Float[np.ndarray, " N"], group_ids: Int[np.ndarray, " N"
 
     Source Schulman et al. 2015, arXiv 1506.02438, Eq. 16 at these settings. A critic is not part of this stack yet.
     """
-    return _checked(rewards)
+    return finite_rewards(rewards)
 
 
 def signed(rewards: Float[np.ndarray, " N"], group_ids: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """+1 where the reward is positive, else -1. REINFORCE of the UPGE table (arXiv 2509.04419 v2, Tab. 1)."""
-    return np.where(_checked(rewards) > 0, 1.0, -1.0)
+    return np.where(finite_rewards(rewards) > 0, 1.0, -1.0)
 
 
 def centred(
@@ -51,7 +51,7 @@ def centred(
         demonstration; True on the rollouts alone keeps the demonstration out of the baseline it is judged by.
     Source Dr.GRPO: Liu et al. 2025, arXiv 2503.20783; the advantage of the published HPT script (`spec/hpt.md` 2.2).
     """
-    rewards = _checked(rewards)
+    rewards = finite_rewards(rewards)
     advantages = np.empty_like(rewards)
     for members in _groups(group_ids):
         advantages[members] = rewards[members] - _group_mean(rewards[_counted(members, in_baseline)])
@@ -74,7 +74,7 @@ def standardised(
       in_baseline: as in `centred`, for mean and standard deviation.
     Source GRPO: Shao et al. 2024, arXiv 2402.03300, 4.1.2; conventions: `spec/methods.md` 1.
     """
-    rewards = _checked(rewards)
+    rewards = finite_rewards(rewards)
     advantages = np.empty_like(rewards)
     for members in _groups(group_ids):
         counted = rewards[_counted(members, in_baseline)]
@@ -87,7 +87,7 @@ def leave_one_out(rewards: Float[np.ndarray, " N"], group_ids: Int[np.ndarray, "
 
     Source RLOO: Ahmadian et al. 2024, arXiv 2402.14740.
     """
-    rewards = _checked(rewards)
+    rewards = finite_rewards(rewards)
     advantages = np.empty_like(rewards)
     for members in _groups(group_ids):
         others = max(members.size - 1, 1)
@@ -129,7 +129,7 @@ def prefix_hierarchy(
     Returns a question without free rollouts has a baseline of 0 for its prefixes.
     Source Prefix-RFT: arXiv 2507.01679, as `spec/methods.md` 4.6 reads its code.
     """
-    rewards = _checked(rewards)
+    rewards = finite_rewards(rewards)
     _, subgroup_of = np.unique(np.stack([group_ids, prefix_ids]), axis=1, return_inverse=True)
     subgroup_of = subgroup_of.reshape(-1)
     continuation = standardised(rewards, subgroup_of)
@@ -181,7 +181,8 @@ def _group_std(rewards: np.ndarray, ddof: int) -> float:
     return math.sqrt(masked.ratio(math.fsum(squares), float(rewards.size - ddof)))
 
 
-def _checked(rewards: np.ndarray) -> np.ndarray:
+def finite_rewards(rewards: np.ndarray) -> np.ndarray:
+    """The rewards in float64. Raises ValueError for one that is missing, NaN or infinite."""
     if not np.isfinite(rewards).all():
         raise ValueError(
             f"rewards: expected finite numbers, got {rewards[~np.isfinite(rewards)][:4]}; a verifier that fails gives"

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from hptjax import masked
+from hptjax.losses.advantages import finite_rewards
 
 TokenAdvantageFn = Callable[[Any, Any, Any], Any]
 """(rewards [N], group_ids [N], lengths [N]) -> advantages [X], for methods whose advantage differs between tokens."""
@@ -72,7 +73,7 @@ def reinforce_pp_advantages(
 
     Source REINFORCE++: arXiv 2501.03262; as in verl.
     """
-    return whitened(return_to_go(reward_at_end(np.asarray(rewards, np.float64), lengths), lengths, gamma=gamma))
+    return whitened(return_to_go(reward_at_end(finite_rewards(rewards), lengths), lengths, gamma=gamma))
 
 
 class Gae(NamedTuple):

@@ -133,9 +133,9 @@ def row_gradient(row, toy, weights, advantages=None, **changed):
 
 
 def literal_gradient(toy, loss_of_sequence, advantages=None):
-    """Route two: gradient of the sum over sequences of `loss_of_sequence(l, A, s)`.
+    """Route two: gradient of the sum over sequences of `loss_of_sequence(lp, A, s)`.
 
-    l: log-probs of the sequence's tokens [n]; A: its advantage; s: the stored log-probs of the same tokens by name.
+    lp: log-probs of the sequence's tokens [n]; A: its advantage; s: the stored log-probs of the same tokens by name.
     """
     advantages = toy.advantages if advantages is None else advantages
 
@@ -147,11 +147,11 @@ def literal_gradient(toy, loss_of_sequence, advantages=None):
 
     def loss(logits):
         z = logits[rows, places]
-        l = z[jnp.arange(len(chosen)), chosen] - jnp.log(jnp.sum(jnp.exp(z), axis=1))  # noqa: E741
+        lp = z[jnp.arange(len(chosen)), chosen] - jnp.log(jnp.sum(jnp.exp(z), axis=1))
         total = 0.0
         for stop, length, advantage in zip(stops, toy.lengths, advantages, strict=True):
             cut = slice(int(stop - length), int(stop))
-            total = total + loss_of_sequence(l[cut], float(advantage), {k: v[cut] for k, v in stored.items()})
+            total = total + loss_of_sequence(lp[cut], float(advantage), {k: v[cut] for k, v in stored.items()})
         return total
 
     return np.asarray(jax.grad(loss)(jnp.asarray(toy.logits)))

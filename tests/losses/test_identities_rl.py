@@ -48,21 +48,21 @@ RATIO_ROWS = (
 INF = math.inf
 
 
-def unclipped(l, A, s):  # noqa: E741
-    return -A * jnp.sum(jnp.exp(l - s["old"]))
+def unclipped(lp, A, s):
+    return -A * jnp.sum(jnp.exp(lp - s["old"]))
 
 
 def ppo_loss(low, high):
-    def loss(l, A, s):  # noqa: E741
-        ratio = jnp.exp(l - s["old"])
+    def loss(lp, A, s):
+        ratio = jnp.exp(lp - s["old"])
         return -jnp.sum(jnp.minimum(ratio * A, jnp.clip(ratio, 1 - low, 1 + high) * A))
 
     return loss
 
 
 def dual_loss(low, high, cap):
-    def loss(l, A, s):  # noqa: E741
-        ratio = jnp.exp(l - s["old"])
+    def loss(lp, A, s):
+        ratio = jnp.exp(lp - s["old"])
         inner = jnp.minimum(ratio * A, jnp.clip(ratio, 1 - low, 1 + high) * A)
         return -jnp.sum(jnp.maximum(inner, cap * A) if A < 0 else inner)
 
@@ -70,24 +70,24 @@ def dual_loss(low, high, cap):
 
 
 def two_sided_loss(low, high, delta):
-    def loss(l, A, s):  # noqa: E741
-        ratio = jnp.exp(l - s["old"])
+    def loss(lp, A, s):
+        ratio = jnp.exp(lp - s["old"])
         return -jnp.sum(jnp.minimum(jnp.minimum(ratio, delta) * A, jnp.clip(ratio, 1 - low, 1 + high) * A))
 
     return loss
 
 
 def gspo_loss(low, high):
-    def loss(l, A, s):  # noqa: E741
-        ratio = jnp.exp(jnp.mean(l - s["old"]))
+    def loss(lp, A, s):
+        ratio = jnp.exp(jnp.mean(lp - s["old"]))
         return -jnp.minimum(ratio * A, jnp.clip(ratio, 1 - low, 1 + high) * A)
 
     return loss
 
 
 def gmpo_loss(width):
-    def loss(l, A, s):  # noqa: E741
-        d, sign = l - s["old"], np.sign(A)
+    def loss(lp, A, s):
+        d, sign = lp - s["old"], np.sign(A)
         held = sign * jnp.minimum(sign * d, sign * jnp.clip(d, -width, width))
         return -A * jnp.exp(jnp.mean(held))
 
@@ -95,21 +95,21 @@ def gmpo_loss(width):
 
 
 def sapo_loss(positive, negative):
-    def loss(l, A, s):  # noqa: E741
+    def loss(lp, A, s):
         tau = positive if A > 0 else negative
-        return -A * jnp.sum(4 / tau / (1 + jnp.exp(-tau * (jnp.exp(l - s["old"]) - 1))))
+        return -A * jnp.sum(4 / tau / (1 + jnp.exp(-tau * (jnp.exp(lp - s["old"]) - 1))))
 
     return loss
 
 
-def reinforce_loss(l, A, s):  # noqa: E741
-    return -A * jnp.sum(l)
+def reinforce_loss(lp, A, s):
+    return -A * jnp.sum(lp)
 
 
 @pytest.mark.parametrize("row", RATIO_ROWS, ids=lambda row: row.name)
 def test_identity_01_on_policy_every_ratio_row_is_reinforce(row):
     toy = make_toy(1, on_policy=True)
-    want = literal_gradient(toy, lambda l, A, s: -A * jnp.sum(l) / len(l) / len(toy.sequences))  # noqa: E741
+    want = literal_gradient(toy, lambda lp, A, s: -A * jnp.sum(lp) / len(lp) / len(toy.sequences))
     same(row_gradient(row, toy, toy.sequence_mean), want)
 
 
@@ -177,8 +177,8 @@ def test_identity_05_dpo_reproduces_the_literal_loss():
             for index, way in ((chosen, 1), (rejected, -1)):
                 s = toy.sequences[index]
                 z, t = logits[s.row, s.places], toy.targets[s.row, s.places]
-                l = z[jnp.arange(len(t)), t] - jnp.log(jnp.sum(jnp.exp(z), axis=1))  # noqa: E741
-                margin += way * beta * jnp.sum(l - toy.reference[s.row, s.places])
+                lp = z[jnp.arange(len(t)), t] - jnp.log(jnp.sum(jnp.exp(z), axis=1))
+                margin += way * beta * jnp.sum(lp - toy.reference[s.row, s.places])
             total += jnp.log(1 + jnp.exp(-margin)) / 2
         return total
 
@@ -202,7 +202,7 @@ def test_identity_06_dual_clip_is_ppo_at_infinity_and_two_sided_at_its_cap():
 
 def test_identity_11_gspo_sequence_form_is_its_token_form():
     toy = make_toy(8)
-    want = literal_gradient(toy, lambda l, A, s: gspo_loss(0.15, 0.15)(l, A, s) / len(toy.sequences))  # noqa: E741
+    want = literal_gradient(toy, lambda lp, A, s: gspo_loss(0.15, 0.15)(lp, A, s) / len(toy.sequences))
     got = row_gradient(GSPO((0.15, 0.15)), toy, toy.sequence_mean)
     same(got, want)
     assert 0 < silent_tokens(got, toy) < toy.live.sum()
@@ -226,7 +226,7 @@ def test_identity_25_tis_is_nothing_without_mismatch_and_completes_the_ratio():
         same(row_gradient(weighted, toy, one, sampler_logprobs=toy.old), row_gradient(plain, toy, one))
     # untruncated: (pi / pi_rollout) * (pi_rollout / pi_sampler) = pi / pi_sampler
     through = dataclasses.replace(plain, weights=(token_tis(INF),))
-    want = literal_gradient(toy, lambda l, A, s: -A * jnp.sum(jnp.exp(l - s["sampler"])))  # noqa: E741
+    want = literal_gradient(toy, lambda lp, A, s: -A * jnp.sum(jnp.exp(lp - s["sampler"])))
     same(row_gradient(through, toy, one), want)
     # truncated, on the sequence: the cap acts on some and not on all
     rho = np.array([np.exp((toy.old - toy.sampler)[s.row, s.places].sum()) for s in toy.sequences])
@@ -234,7 +234,7 @@ def test_identity_25_tis_is_nothing_without_mismatch_and_completes_the_ratio():
     whole = dataclasses.replace(plain, weights=(sequence_tis(1.2),))
     want = literal_gradient(
         toy,
-        lambda l, A, s: -A * jnp.sum(jnp.exp(l - s["old"])) * min(np.exp((s["old"] - s["sampler"]).sum()), 1.2),  # noqa: E741
+        lambda lp, A, s: -A * jnp.sum(jnp.exp(lp - s["old"])) * min(np.exp((s["old"] - s["sampler"]).sum()), 1.2),
     )
     same(row_gradient(whole, toy, one), want)
 
@@ -243,7 +243,7 @@ def test_identity_26_signed_reinforce_is_sft_plus_unlikelihood():
     toy, one = make_toy(11), make_toy(11).live.astype(float)
     rewards = np.arange(len(toy.sequences)) % 2
     sign = REINFORCE.advantage(rewards.astype(float), np.zeros(len(rewards), int))
-    want = literal_gradient(toy, lambda l, A, s: -jnp.sum(l) if A > 0 else jnp.sum(l), rewards - 0.5)  # noqa: E741
+    want = literal_gradient(toy, lambda lp, A, s: -jnp.sum(lp) if A > 0 else jnp.sum(lp), rewards - 0.5)
     same(row_gradient(REINFORCE, toy, one, sign), want)
 
 

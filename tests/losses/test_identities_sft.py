@@ -38,8 +38,8 @@ def sft_row_gradient(row, toy, **changed):
 
 
 def mean_of(toy, token_loss):
-    """Gradient of the token mean of `token_loss(l, s) [n]`."""
-    return literal_gradient(toy, lambda l, A, s: jnp.sum(token_loss(l, s)) / float(toy.lengths.sum()))  # noqa: E741
+    """Gradient of the token mean of `token_loss(lp, s) [n]`."""
+    return literal_gradient(toy, lambda lp, A, s: jnp.sum(token_loss(lp, s)) / float(toy.lengths.sum()))
 
 
 def coefficients(row, toy, **changed):
@@ -55,11 +55,11 @@ def coefficients(row, toy, **changed):
 
 def test_identity_07_dft_is_sft_over_denominator_one():
     toy = make_toy(20)
-    want = mean_of(toy, lambda l, s: -jnp.exp(l))  # noqa: E741
+    want = mean_of(toy, lambda lp, s: -jnp.exp(lp))
     same(sft_row_gradient(DFT, toy), want)
     same(sft_row_gradient(dataclasses.replace(SFT, denominator=unit), toy), want)  # CHORD's sft_is, LUFFY with f(x) = x
     assert DFT.denominator is unit
-    same(sft_row_gradient(SFT, toy), mean_of(toy, lambda l, s: -l))  # noqa: E741
+    same(sft_row_gradient(SFT, toy), mean_of(toy, lambda lp, s: -lp))
 
 
 def test_identity_08_trsft_lies_between_sft_and_dft():
@@ -67,7 +67,7 @@ def test_identity_08_trsft_lies_between_sft_and_dft():
     same(sft_row_gradient(TRSFT(1e-12), toy), sft_row_gradient(SFT, toy))
     same(sft_row_gradient(TRSFT(1.0), toy), sft_row_gradient(DFT, toy))
     # the integral of min(1, p / a) / p in p is the loss it descends
-    want = mean_of(toy, lambda l, s: -jnp.where(l > jnp.log(0.2), l, jnp.exp(l) / 0.2))  # noqa: E741
+    want = mean_of(toy, lambda lp, s: -jnp.where(lp > jnp.log(0.2), lp, jnp.exp(lp) / 0.2))
     same(sft_row_gradient(TRSFT(0.2), toy), want)
     p = coefficients(SFT, toy)[1][toy.live]
     assert 0 < (p < 0.2).sum() < p.size
@@ -76,7 +76,7 @@ def test_identity_08_trsft_lies_between_sft_and_dft():
 def test_identity_09_luffy_shaping():
     toy = make_toy(22)
     row = dataclasses.replace(SFT, denominator=shaped(0.1))
-    same(sft_row_gradient(row, toy), mean_of(toy, lambda l, s: -jnp.exp(l) / (jnp.exp(l) + 0.1)))  # noqa: E741
+    same(sft_row_gradient(row, toy), mean_of(toy, lambda lp, s: -jnp.exp(lp) / (jnp.exp(lp) + 0.1)))
     got, p = coefficients(row, toy)
     np.testing.assert_allclose(got[toy.live], (0.1 * p / (p + 0.1) ** 2)[toy.live], rtol=1e-12)
     wide = dataclasses.replace(SFT, denominator=shaped(1e7))
@@ -86,7 +86,7 @@ def test_identity_09_luffy_shaping():
 def test_identity_10_chord_phi_is_denominator_one_over_doubt():
     toy = make_toy(23)
     # d/dp of p - p^2 / 2 is 1 - p
-    same(sft_row_gradient(CHORD_PHI, toy), mean_of(toy, lambda l, s: -jnp.exp(l) + jnp.exp(2 * l) / 2))  # noqa: E741
+    same(sft_row_gradient(CHORD_PHI, toy), mean_of(toy, lambda lp, s: -jnp.exp(lp) + jnp.exp(2 * lp) / 2))
     got, p = coefficients(CHORD_PHI, toy)
     np.testing.assert_allclose(got[toy.live], (p * (1 - p))[toy.live], rtol=1e-12)
 
