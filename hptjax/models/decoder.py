@@ -153,7 +153,7 @@ def forward(
     def body(hidden: Array, weights: dict[str, Any]) -> tuple[Array, None]:
         return layer(hidden, weights, turn, attend, config=config, constrain=constrain)[0], None
 
-    hidden = constrain(_embed(params, tokens, compute_dtype), ("batch", "time", "features"))
+    hidden = _embed(params, tokens, compute_dtype, constrain)
     hidden, _ = jax.lax.scan(rematerialised(body, remat), hidden, params["layers"], unroll=unroll)
     return rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
 
@@ -194,7 +194,7 @@ def prefill(
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
         return hidden, (key, value)
 
-    hidden = constrain(_embed(params, tokens, compute_dtype), ("batch", "time", "features"))
+    hidden = _embed(params, tokens, compute_dtype, constrain)
     hidden, (keys, values) = jax.lax.scan(body, hidden, params["layers"])  # [L B P K E]
     room = [(0, 0), (0, 0), (0, capacity - prompt_tokens), (0, 0), (0, 0)]
     cache = Cache(keys=jnp.pad(keys, room), values=jnp.pad(values, room))
@@ -244,7 +244,7 @@ def decode_step(
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
         return hidden, (key[:, 0], value[:, 0])
 
-    hidden = constrain(_embed(params, tokens[:, None], compute_dtype), ("batch", "time", "features"))
+    hidden = _embed(params, tokens[:, None], compute_dtype, constrain)
     if cache_block is None or cache_block >= capacity:
         hidden, (keys, values) = jax.lax.scan(whole, hidden, (params["layers"], cache.keys, cache.values))  # [L B K E]
     else:
@@ -262,5 +262,11 @@ def _write(
     return cached.at[:, rows, lengths].set(new, mode="drop", unique_indices=True)
 
 
-def _embed(params: Params, tokens: Int[Array, "B T"], compute_dtype: Any) -> Float[Array, "B T D"]:
-    return jnp.take(params["embedding"], tokens, axis=0, mode="clip").astype(compute_dtype)
+def _embed(
+    params: Params, tokens: Int[Array, "B T"], compute_dtype: Any, constrain: Constrain
+) -> Float[Array, "B T D"]:
+    # The table is gathered along its other axis first: rows cut over the same devices as its columns would otherwise
+    # make the compiler copy [B T D] to every device. Cast after the lookup, so that its gradient adds in float32.
+    table = constrain(params["embedding"], ("vocab", "features"))
+    hidden = jnp.take(table, tokens, axis=0, mode="clip").astype(compute_dtype)
+    return constrain(hidden, ("batch", "time", "features"))
