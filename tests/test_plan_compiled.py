@@ -218,8 +218,8 @@ def test_plan_largest_batch_by_few_looks(fixed, per_row, answer):
         looks.append(rows)
         return fixed + per_row * rows
 
-    assert largest_multiple(peak, unit=8, start=16, room=100.0, most=100) == answer
-    assert len(looks) <= 5
+    assert largest_multiple(peak, fixed=fixed / 2, unit=8, start=16, room=100.0, most=100) == answer
+    assert len(looks) <= 4
     assert all(rows % 8 == 0 for rows in looks)
 
 

@@ -108,6 +108,7 @@ def largest_rows(asked: Asked, config: Config, plan: Plan) -> int:
 
     return largest_multiple(
         peak,
+        fixed=plan.programs["train step"].compiled.argument_bytes,
         unit=sizes["replica"] * sizes["data"] * sizes["fsdp"],
         start=plan.rows,
         room=float(plan.usable_bytes),

@@ -104,14 +104,15 @@ def judged(config: Config, shape: DecoderConfig, slices: Slices) -> Candidate:
 
 
 def largest_multiple(
-    peak: Callable[[int], float], *, unit: int, start: int, room: float, most: int, tries: int = 5
+    peak: Callable[[int], float], *, fixed: float, unit: int, start: int, room: float, most: int, tries: int = 4
 ) -> int:
     """The largest multiple of `unit` up to `most` whose peak fits, found with few looks; 0 where not even one does.
 
     Args
-      peak: bytes at so many rows; called at most `tries` times. start: where to begin. room: bytes there are.
+      peak: bytes at so many rows; called at most `tries` times. fixed: of them, those that are held whatever the rows.
+      start: where to begin. room: bytes there are.
 
-    Peaks grow with the rows, nearly in a line: after two looks that fit, the line says where to look next.
+    Peaks grow with the rows, nearly in a line: after a look that fits, the line says where to look next.
     """
     fits: dict[int, float] = {}
     too_many = most // unit * unit + unit
@@ -125,14 +126,14 @@ def largest_multiple(
         best = max(fits, default=0)
         if best + unit >= too_many:
             break
-        ask = _next(fits, unit, room)
+        ask = _next({0: fixed, **fits}, unit, room)
         ask = min(max(ask, best + unit), too_many - unit)
     return max(fits, default=0)
 
 
 def _next(fits: dict[int, float], unit: int, room: float) -> int:
     if len(fits) < 2:
-        return 2 * max(fits, default=0) or unit
+        return unit
     below, above = sorted(fits)[-2:]
     slope = (fits[above] - fits[below]) / (above - below)
     return int(above + max((room - fits[above]) / slope, 0.0)) // unit * unit if slope > 0 else 2 * above
