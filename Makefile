@@ -49,7 +49,9 @@ plan-1.5b:
 	JAX_PLATFORMS=cpu .venv-tpu/bin/hptjax plan configs/hpt_qwen2.5_math_1.5b.toml --topology v5e:4x4
 
 plan-all: plan-1.5b
-	JAX_PLATFORMS=cpu .venv-tpu/bin/hptjax plan configs/hpt_qwen2.5_math_1.5b.toml --topology v5p:2x2x1 v6e:2x4 2xv5e:4x4
+	JAX_PLATFORMS=cpu .venv-tpu/bin/hptjax plan configs/hpt_qwen2.5_math_1.5b.toml --topology v5p:2x2x1 v6e:2x4
+	JAX_PLATFORMS=cpu .venv-tpu/bin/hptjax plan configs/hpt_qwen2.5_math_1.5b.toml --topology 2xv5e:4x4 --batch.rows 32 \
+	    --rollout.prefill-rows 32
 	JAX_PLATFORMS=cpu .venv-tpu/bin/hptjax plan configs/hpt_qwen2.5_math_7b.toml --topology v5e:4x8 v5p:2x2x4 v6e:4x4
 	JAX_PLATFORMS=cpu .venv-tpu/bin/hptjax plan configs/hpt_llama3.1_8b.toml --topology v5e:8x8 v5p:2x2x4 v6e:4x4
 

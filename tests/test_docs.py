@@ -48,11 +48,11 @@ def broken_links(text: str, folder: pathlib.Path) -> list[str]:
 
 def unknown_commands(text: str) -> list[str]:
     """`hptjax X` and `make X` in code where X is neither a command nor a target."""
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     found = []
     for code in fragments(text):
         called = re.match(r"\s*(?:\S*bin/)?hptjax ([a-z]\w*)", code)
-        made = re.match(r"\s*make ([a-z][\w-]*)", code)
+        made = re.match(r"\s*make ([a-z][\w.-]*)", code)
         found += [code] if called and called[1] not in COMMANDS else []
         found += [code] if made and made[1] not in targets else []
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,11 @@ def compile_only_devices(slices: Slices) -> list[Any]:
 
     Raises libtpu absent or unable to describe the slice -> RuntimeError that says what to install.
     """
+    if importlib.util.find_spec("libtpu") is None:
+        raise RuntimeError(
+            f"expected libtpu, which compiles for {slices.name} without having one, found none; install it with "
+            "pip install 'hptjax[tpu]'"
+        )
     options = {"num_slices": slices.count} if slices.count > 1 else {}
     try:
         found = topologies.get_topology_desc(
@@ -27,8 +33,8 @@ def compile_only_devices(slices: Slices) -> list[Any]:
         )
     except (RuntimeError, NotImplementedError, ImportError) as error:
         raise RuntimeError(
-            f"expected libtpu, which compiles for {slices.name} without having one, got: {first_line(error)}; "
-            "install it with pip install 'hptjax[tpu]' and set JAX_PLATFORMS=cpu"
+            f"expected libtpu to describe {slices.name}, got: {first_line(error)}; set JAX_PLATFORMS=cpu, or install "
+            "another version of it (pip install -U 'hptjax[tpu]')"
         ) from None
     if len(found.devices) != slices.chips:
         raise RuntimeError(
