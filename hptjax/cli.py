@@ -247,7 +247,7 @@ def command_explain(arguments: list[str]) -> int:
 
 def command_plan(arguments: list[str]) -> int:
     """Plans a config on absent TPUs; status 1 where it does not fit."""
-    options = parse("plan", arguments, lambda config: PlanOptions(config=config))
+    options = parse("plan", as_switch(arguments, "--search"), lambda config: PlanOptions(config=config))
     check(options.config, sized_only=True)
     if options.json is not None and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
         raise ValueError(f"expected the path of a file in an existing folder, got '{options.json}'; change --json.")
@@ -267,6 +267,13 @@ def command_plan(arguments: list[str]) -> int:
         cache=options.cache,
         json_path=options.json,
     )
+
+
+def as_switch(arguments: list[str], option: str) -> list[str]:
+    """The arguments with `true` after an option that stands without a value."""
+    given = [*arguments, "--"]
+    places = [place for place, word in enumerate(arguments) if word == option and given[place + 1].startswith("-")]
+    return [part for place, word in enumerate(arguments) for part in ([word, "true"] if place in places else [word])]
 
 
 def command_audit(arguments: list[str]) -> int:

@@ -6,9 +6,10 @@ import pytest
 
 from hptjax.config import Config, MeshConfig
 from hptjax.plan.chips import CHIPS, Slices, parse_topology
+from hptjax.plan.compiled import exchanged
 from hptjax.plan.groups import first_group
 from hptjax.plan.topology import mesh_for
-from hptjax.plan.traffic import traffic
+from hptjax.plan.traffic import Collective, Moved, traffic
 
 # Sixteen devices; a loop of 3 turns around a loop of 2, an all-gather of 64 floats in the inner one, a loop that data
 # decide, and a conditional whose larger branch writes 256 floats. Written by hand after the printer's format.
@@ -154,3 +155,38 @@ def test_plan_refuses_a_mesh_that_is_not_the_chips():
         mesh_for(Config(mesh=MeshConfig(fsdp=4, tensor=2)), parse_topology("v5e:4x4"))
     with pytest.raises(ValueError, match=r"mesh.replica to be a multiple of the 2 slices"):
         mesh_for(Config(mesh=MeshConfig(fsdp=32)), parse_topology("2xv5e:4x4"))
+
+
+BETWEEN_SLICES = """\
+HloModule two_slices
+
+ENTRY %main (a: f32[1024]) -> f32[1024] {
+  %a = f32[1024]{0} parameter(0)
+  %token = token[] after-all()
+  %send.1 = (f32[1024]{0:T(1024)}, u32[], token[]) send(%a, %token), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %prefetch = (f32[1024]{0:S(1)}, f32[1024]{0}, u32[]) copy-start(%a)
+  %part = ((f32[1024]{0}), f32[256]{0:S(1)}, s32[]) slice-start(%a), slice={[0:256]}
+  ROOT %out = f32[1024]{0} negate(%a)
+}
+"""
+
+
+def test_plan_counts_what_the_hosts_carry_between_slices():
+    moved = traffic(BETWEEN_SLICES).always
+    (reduce,) = moved.collectives
+    assert (reduce.kind, reduce.bytes, reduce.between_slices) == ("all-reduce", 4096.0, True)
+    (summed,) = exchanged(moved, [0] * 4 + [1] * 4, update=False)
+    assert (summed.devices, summed.slices, summed.ici_bytes) == (2, 2, 0.0)
+    assert summed.dcn_bytes == 2 * 4096 / 2  # a ring of two: half of the array out, half of the sums back
+    assert moved.memory_bytes == 4096 + 1024 + 2 * 4096  # the copy, the slice, the negation
+
+
+def test_plan_splits_a_group_over_slices():
+    """Four devices of each of two slices reduce inside first: each sends a quarter of the array to the other slice."""
+    group = tuple(range(8))
+    moved = Moved(collectives=(Collective("all-reduce", 800.0, group, 3, "here"),))
+    (summed,) = exchanged(moved, [0] * 4 + [1] * 4, update=False)
+    assert (summed.devices, summed.slices, summed.times) == (8, 2, 3)
+    assert summed.dcn_bytes == 3 * 800 / 4 * 2 / 2
+    assert summed.ici_bytes + summed.dcn_bytes == pytest.approx(3 * 800 * 2 * 7 / 8)

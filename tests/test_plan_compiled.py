@@ -18,6 +18,7 @@ import pytest
 
 from hptjax.build import policy
 from hptjax.build.stages import make_score
+from hptjax.cli import as_switch
 from hptjax.config import BatchConfig, Config, DataConfig, MeshConfig, ModelConfig, RolloutConfig
 from hptjax.config_batch import stage_list
 from hptjax.models import decoder
@@ -283,6 +284,12 @@ def test_plan_without_libtpu_says_what_to_install(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "pip install 'hptjax[tpu]'" in done.stderr
+
+
+def test_plan_search_is_a_switch():
+    assert as_switch(["c.toml", "--search"], "--search") == ["c.toml", "--search", "true"]
+    assert as_switch(["--search", "--json", "x"], "--search") == ["--search", "true", "--json", "x"]
+    assert as_switch(["--search", "false"], "--search") == ["--search", "false"]
 
 
 def test_plan_command_refuses_before_it_compiles(tmp_path):

@@ -117,14 +117,14 @@ def compile_program(
         code_bytes=float(memory.generated_code_size_in_bytes),
         memory_bytes=moved.always.memory_bytes,
         update_memory_bytes=moved.update.memory_bytes,
-        exchanged=(*_exchanged(moved.always, slice_of, False), *_exchanged(moved.update, slice_of, True)),
+        exchanged=(*exchanged(moved.always, slice_of, update=False), *exchanged(moved.update, slice_of, update=True)),
         largest=tuple((buffer.bytes, buffer.type, buffer.where) for buffer in moved.largest),
         unknown_loops=moved.whole.unknown_loops,
         compile_s=time.monotonic() - began,
     )
 
 
-def _exchanged(moved: Moved, slice_of: Sequence[int], update: bool) -> list[Exchanged]:
+def exchanged(moved: Moved, slice_of: Sequence[int], *, update: bool) -> list[Exchanged]:
     """The collectives of a computation, alike ones together, most bytes first."""
     sums: dict[tuple[str, int, int], Exchanged] = {}
     for entry in moved.collectives:
