@@ -6,6 +6,9 @@ import math
 
 from hptjax.config import Config, StageConfig
 
+# up to here `model.attention = "auto"` takes the plain form: its [B H T T] scores are small, and it is the fastest
+SHORT_ROW_TOKENS = 1024
+
 MESH_AXES = ("replica", "data", "fsdp", "sequence", "tensor")  # as `sharding.rules.AXES`, which loads jax
 
 

@@ -8,7 +8,15 @@ import pathlib
 from typing import Any
 
 from hptjax.config import Config, ShapeConfig
-from hptjax.config_batch import mesh_devices, mesh_words, micro_batches_needed, samples_per_update, stage_list, steps_of
+from hptjax.config_batch import (
+    SHORT_ROW_TOKENS,
+    mesh_devices,
+    mesh_words,
+    micro_batches_needed,
+    samples_per_update,
+    stage_list,
+    steps_of,
+)
 from hptjax.masked import inverse_count
 from hptjax.models.presets import PRESETS
 
@@ -160,10 +168,12 @@ def memory_lines(config: Config, shape: ShapeConfig, vocab_size: int) -> list[st
     positions = config.batch.rows * config.batch.row_tokens
     cache_entries = 2 * shape.num_layers * config.rollout.slots * config.rollout.cache_capacity
     heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    whole = config.model.attention == "reference" or config.batch.row_tokens <= SHORT_ROW_TOKENS
+    scores = shape.num_heads * config.batch.row_tokens if whole else 0
     kept_per_layer = (
         shape.hidden_size
         if config.model.remat != "none"
-        else 4 * shape.hidden_size + 2 * heads + 2 * kv + 3 * shape.mlp_size + shape.num_heads * config.batch.row_tokens
+        else 4 * shape.hidden_size + 2 * heads + 2 * kv + 3 * shape.mlp_size + scores
     )
     rows = [
         ("parameters, fp32", parameters * FP32_BYTES),

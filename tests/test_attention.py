@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hptjax.build.attention import SHORT_ROW_TOKENS, build_attention, choose_attention
+from hptjax.build.attention import build_attention, choose_attention
 from hptjax.config import MeshConfig
+from hptjax.config_batch import SHORT_ROW_TOKENS
 from hptjax.models.attention import attention_step, attention_step_in_blocks, reference_attention
 from hptjax.models.attention_chunked import chunked_attention, chunked_part
 from hptjax.models.attention_kernels import splash_kernel, splash_part
 from hptjax.models.decoder import decode_step, forward, prefill
+from hptjax.plan.chips import parse_topology
+from hptjax.plan.environment import expect_no_chips
+from hptjax.plan.topology import compile_only_devices
 from hptjax.sharding.mesh import make_mesh
 from hptjax.sharding.rules import make_constrain, make_rules, partition_spec
 from hptjax.train.optimizer import check_host_memory, in_host_memory, make_optimizer, make_schedule
@@ -313,9 +317,8 @@ def test_attention_over_a_cut_time_axis_gathers_keys_and_values_and_scatters_the
 def tpu_devices():
     """Compile-only devices of an absent TPU; needs the extra `tpu`, and runs nothing."""
     pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    expect_no_chips()
+    return compile_only_devices(parse_topology("v5e:2x4"))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hptjax.config import Config
+from hptjax.config_batch import SHORT_ROW_TOKENS
 from hptjax.models.attention import (
     Attend,
     Implementation,
@@ -36,8 +37,6 @@ from hptjax.models.attention_kernels import (
 from hptjax.models.shape import DecoderConfig
 from hptjax.sharding.rules import Rules, partition_spec, parts
 from hptjax.types import Array
-
-SHORT_ROW_TOKENS = 1024  # up to here `auto` takes the plain form: its [B H T T] scores are small, and it is the fastest
 
 
 def choose_attention(
