@@ -41,6 +41,7 @@ from tests.test_bad_input import config_file
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIMIT_S = 400  # of a pair; so that a hang is a failure and no hang
 ACTS = ["whole", "row:bad_row", "worker:worker", "stop:stop", "stop", "late:late"]
+ONE_DEVICE = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 CLOCKS = ("time", "perf/", "timing_s/")
 
 
@@ -51,12 +52,11 @@ def free_port() -> str:
 
 
 def started(folder: Path, port: str, index: int, acts: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     with (folder / f"log_{index}").open("w") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.multihost_pair", str(folder), port, str(index), *acts],
             cwd=REPOSITORY,
-            env=environment,
+            env=os.environ | ONE_DEVICE,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -385,3 +385,35 @@ def test_multihost_folder_is_placed_on_a_mesh_as_it_is_read_whole(tmp_path, eigh
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-8])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load_placed(tmp_path, shardings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["slurm", "auto"])
+def test_multihost_slurm_tasks_find_each_other(mode):
+    """Two tasks of a step on this machine, by the variables that srun sets; asking twice does nothing."""
+    job = os.getpid()  # jax takes the port from it
+    script = (
+        "import sys, jax; from hptjax.sharding.distributed import initialize; from hptjax.sharding.peers import gather;"
+        f"initialize({mode!r}, connect_s=60); initialize({mode!r});"
+        "print(jax.process_count(), jax.device_count(), gather(sys.argv[1].encode(), 'a test'))"
+    )
+    step = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, f"task {index}"],
+            cwd=REPOSITORY,
+            env=os.environ
+            | ONE_DEVICE
+            | step
+            | {"SLURM_NTASKS": "2", "SLURM_PROCID": str(index), "SLURM_LOCALID": "0"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        printed = [task.communicate(timeout=LIMIT_S)[0] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert all("2 2 [b'task 0', b'task 1']" in text for text in printed), printed
