@@ -138,21 +138,27 @@ def literal_gradient(toy, loss_of_sequence, advantages=None):
     lp: log-probs of the sequence's tokens [n]; A: its advantage; s: the stored log-probs of the same tokens by name.
     """
     advantages = toy.advantages if advantages is None else advantages
+    return joint_gradient(
+        toy,
+        lambda sequences: sum(
+            loss_of_sequence(lp, float(a), stored) for (lp, stored), a in zip(sequences, advantages, strict=True)
+        ),
+    )
 
+
+def joint_gradient(toy, loss_of_all):
+    """Gradient of `loss_of_all([(lp, s), ...])`, for losses that compare sequences."""
     rows = np.concatenate([np.full(len(s.places), s.row) for s in toy.sequences])
     places = np.concatenate([s.places for s in toy.sequences])
     chosen, stops = toy.targets[rows, places], np.cumsum(toy.lengths)
+    cuts = [slice(int(stop - n), int(stop)) for stop, n in zip(stops, toy.lengths, strict=True)]
     names = ("old", "sampler", "reference", "teacher", "author")
     stored = {name: getattr(toy, name)[rows, places] for name in names}
 
     def loss(logits):
         z = logits[rows, places]
         lp = z[jnp.arange(len(chosen)), chosen] - jnp.log(jnp.sum(jnp.exp(z), axis=1))
-        total = 0.0
-        for stop, length, advantage in zip(stops, toy.lengths, advantages, strict=True):
-            cut = slice(int(stop - length), int(stop))
-            total = total + loss_of_sequence(lp[cut], float(advantage), {k: v[cut] for k, v in stored.items()})
-        return total
+        return loss_of_all([(lp[cut], {name: values[cut] for name, values in stored.items()}) for cut in cuts])
 
     return np.asarray(jax.grad(loss)(jnp.asarray(toy.logits)))
 

@@ -123,7 +123,7 @@ def test_identity_18_kdrl_adds_the_teachers_log_difference_to_the_advantage():
 
 
 def test_identity_19_dpo_at_the_reference_is_half_beta_of_reinforce():
-    toy = make_toy(32, layout=[[(1, 4), (1, 6)], [(0, 3), (2, 5)]], width=13)
+    toy = make_toy(32, layout=[[(1, 4), (1, 6)], [(0, 3), (2, 5)], [], []])
     sign, beta, one = np.array([1.0, -1.0, 1.0, -1.0]), 0.4, toy.live.astype(float)
     at_reference = np.asarray(view_of(toy, toy.logits).logprobs)
     got = row_gradient(DPO(beta), toy, one, sign, reference_logprobs=at_reference)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,7 +27,16 @@ from hptjax.losses.table import (
     SAPO,
 )
 from hptjax.losses.weights import sequence_tis, token_tis
-from tests.losses.packed import LAYOUT, literal_gradient, make_toy, row_gradient, same, silent_tokens
+from tests.losses.packed import (
+    LAYOUT,
+    joint_gradient,
+    literal_gradient,
+    make_toy,
+    row_gradient,
+    same,
+    silent_tokens,
+    view_of,
+)
 
 RATIO_ROWS = (
     PPO(),
@@ -166,23 +174,15 @@ def test_identity_05_coefficients_reproduce_the_literal_loss(name):
 
 
 def test_identity_05_dpo_reproduces_the_literal_loss():
-    toy = make_toy(6, layout=[[(1, 4), (1, 6)], [(0, 3), (2, 5)]], width=13)
+    toy = make_toy(6, layout=[[(1, 4), (1, 6)], [(0, 3), (2, 5)], [], []])
     sign = np.array([1.0, -1.0, 1.0, -1.0])
     beta = 0.7
 
-    def loss(logits):
-        total = 0.0
-        for chosen, rejected in ((0, 1), (2, 3)):
-            margin = 0.0
-            for index, way in ((chosen, 1), (rejected, -1)):
-                s = toy.sequences[index]
-                z, t = logits[s.row, s.places], toy.targets[s.row, s.places]
-                lp = z[jnp.arange(len(t)), t] - jnp.log(jnp.sum(jnp.exp(z), axis=1))
-                margin += way * beta * jnp.sum(lp - toy.reference[s.row, s.places])
-            total += jnp.log(1 + jnp.exp(-margin)) / 2
-        return total
+    def loss(sequences):
+        way = [jnp.sum(lp - stored["reference"]) for lp, stored in sequences]
+        return sum(jnp.log(1 + jnp.exp(-beta * (way[w] - way[r]))) for w, r in ((0, 1), (2, 3))) / 2
 
-    want = np.asarray(jax.grad(loss)(jnp.asarray(toy.logits)))
+    want = joint_gradient(toy, loss)
     same(row_gradient(DPO(beta), toy, toy.live / 2, sign), want)
 
 
@@ -195,9 +195,17 @@ def test_identity_06_dual_clip_is_ppo_at_infinity_and_two_sided_at_its_cap():
     capped = masked(dual_clip(0.2, 0.2, 1.5))
     assert silent_tokens(capped, toy) > silent_tokens(ppo, toy)
     np.testing.assert_array_equal(masked(two_sided_clip(0.2, 0.2, 1.5)), capped)
-    # the literal two-sided loss, also with a ceiling inside the trust region
-    for delta in (1.5, 1.1):
-        same(masked(two_sided_clip(0.2, 0.2, delta)), literal_gradient(toy, two_sided_loss(0.2, 0.2, delta)))
+    # the literal two-sided loss, also with a ceiling inside a wide trust region
+    for high, delta in ((0.2, 1.5), (0.8, 1.2)):
+        want = literal_gradient(toy, two_sided_loss(0.2, high, delta))
+        same(masked(two_sided_clip(0.2, high, delta)), want)
+    own = np.asarray(view_of(toy, toy.logits).logprobs)
+    between = (np.exp(own - toy.old) > 1.2) & (np.exp(own - toy.old) < 1.8) & toy.live
+    sign = toy.spread(toy.advantages)
+    assert (between & (sign > 0)).any()  # below the upper clip, above the ceiling
+    assert (between & (sign < 0)).any()
+    with pytest.raises(ValueError, match="delta"):
+        two_sided_clip(0.2, 0.2, 1.0)
 
 
 def test_identity_11_gspo_sequence_form_is_its_token_form():
@@ -249,13 +257,12 @@ def test_identity_26_signed_reinforce_is_sft_plus_unlikelihood():
 
 @pytest.mark.parametrize("row", [*RATIO_ROWS, REINFORCE, RLOO], ids=lambda row: row.name)
 def test_identity_31_padding_and_garbage_change_nothing(row):
-    toy, wide = make_toy(12), make_toy(12, width=23)
+    toy, wide = make_toy(12), make_toy(12, layout=[*LAYOUT, []], width=23)  # more columns, and a row of padding
     got = row_gradient(row, wide, wide.sequence_mean)
     want = row_gradient(row, toy, toy.sequence_mean)
-    np.testing.assert_allclose(got[:, :14], want, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(got[:-1, :14], want, rtol=1e-12, atol=1e-15)
     np.testing.assert_array_equal(got[:, 14:], 0)
-    more = make_toy(12, layout=[*LAYOUT, []])  # a row of padding
-    np.testing.assert_array_equal(row_gradient(row, more, more.sequence_mean)[:-1], want)
+    np.testing.assert_array_equal(got[-1], 0)
     spoilt = {
         name: np.where(toy.live, values, np.nan)
         for name, values in (("rollout_logprobs", toy.old), ("sampler_logprobs", toy.sampler))

@@ -13,7 +13,7 @@ from hptjax.losses import reducers, table
 from hptjax.losses.stability import band, sequence_band
 from hptjax.losses.table import DR_GRPO, SFT
 from hptjax.losses.view import block_suffix, pair_sum, segment_mean, segment_suffix, segment_sum
-from hptjax.losses.weights import entropy_weight, masked_is, token_tis, top_entropy
+from hptjax.losses.weights import entropy_weight, masked_is, sequence_tis, token_tis, top_entropy
 from tests.losses.packed import make_toy, row_gradient, same, view_of
 
 
@@ -141,11 +141,31 @@ def test_selections_and_weights_multiply_the_coefficient_and_carry_no_gradient()
         np.testing.assert_array_equal(gradient, 0, err_msg=name)
 
 
-def test_rows_name_a_reducer_that_exists_and_say_where_they_come_from():
-    rows = [SFT, table.DFT, table.CHORD_PHI, table.REINFORCE, table.RLOO]
+def test_no_gradient_flows_through_mask_denominator_or_factor():
+    toy = make_toy(47)
+    components = [getattr(row, part) for row in all_rows() for part in ("stability_mask", "denominator")]
+    components += [token_tis(), sequence_tis(), masked_is(0.5, 2.0), entropy_weight(0.5, 1), band(), sequence_band()]
+
+    def total(fields):
+        view = dataclasses.replace(view_of(toy, toy.logits), **fields)
+        return sum(jnp.sum(component(view, toy.spread(toy.advantages))) for component in components)
+
+    fields = {"logprobs": view_of(toy, toy.logits).logprobs, "entropy": view_of(toy, toy.logits).entropy}
+    fields |= {"rollout_logprobs": jnp.asarray(toy.old), "sampler_logprobs": jnp.asarray(toy.sampler)}
+    fields |= {"reference_logprobs": jnp.asarray(toy.reference), "demonstration_logprobs": jnp.asarray(toy.author)}
+    for name, gradient in jax.grad(total)(fields).items():
+        np.testing.assert_array_equal(gradient, 0, err_msg=name)
+
+
+def all_rows():
     makers = """TRSFT PEAR_TOKEN PEAR_BLOCK PEAR_SEQUENCE IMPLICIT_REWARD REINFORCE_PP PPO GRPO DR_GRPO DAPO CISPO
     CISPO_TABLE GSPO GMPO SAPO DPO""".split()
-    rows += [getattr(table, name)() for name in makers]
+    rows = [SFT, table.DFT, table.CHORD_PHI, table.REINFORCE, table.RLOO]
+    return [*rows, *(getattr(table, name)() for name in makers)]
+
+
+def test_rows_name_a_reducer_that_exists_and_say_where_they_come_from():
+    rows = all_rows()
     assert len({row.name for row in rows}) == len(rows) == 21
     for row in rows:
         assert callable(getattr(reducers, row.reducer))
