@@ -115,9 +115,13 @@ def prefill_attention(config: Config, shape: DecoderConfig, mesh: Mesh, rules: R
     )
 
 
-def cache_block(config: Config) -> int | None:
-    """Positions of the cache that a decode step reads at a time; None, the whole of it, where that is short."""
-    if config.model.attention == "reference" or config.rollout.cache_capacity <= SHORT_ROW_TOKENS:
+def cache_block(config: Config, platform: str) -> int | None:
+    """Positions of the cache that a decode step reads at a time; None, the whole of it, where that is short.
+
+    The whole of it on TPU as well: for a loop over blocks its compiler turns all layers' cache round for every token,
+    which moves more than the blocks that are left out.
+    """
+    if config.model.attention == "reference" or config.rollout.cache_capacity <= SHORT_ROW_TOKENS or platform == "tpu":
         return None
     return config.model.attention_block
 

@@ -167,7 +167,7 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
             config=shape,
             compute_dtype=dtype,
             constrain=constrain_rollout,
-            cache_block=cache_block(config),
+            cache_block=cache_block(config, mesh.devices.flat[0].platform),
         ),
         unembedding=lambda params: decoder.unembedding(params, shape).astype(dtype),
         rollout_shardings=_rollout_shardings(mesh, decode_rules, shape, rollout.slots, rollout.cache_capacity)

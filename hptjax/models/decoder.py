@@ -257,9 +257,11 @@ def decode_step(
 def _write(
     cached: Float[Array, "L B C K E"], new: Float[Array, "L B K E"], lengths: Int[Array, " B"]
 ) -> Float[Array, "L B C K E"]:
-    # a scatter is done in place inside a loop; a one-hot select would rewrite the whole cache
-    rows = jnp.arange(lengths.shape[0], dtype=lengths.dtype)
-    return cached.at[:, rows, lengths].set(new, mode="drop", unique_indices=True)
+    # A scatter is done in place inside a loop; a one-hot select would rewrite the whole cache. Layers are indices too:
+    # as part of what is written they would have the TPU's compiler turn the whole cache round before and after.
+    layers = jnp.arange(cached.shape[0], dtype=lengths.dtype)[:, None]
+    rows = jnp.arange(lengths.shape[0], dtype=lengths.dtype)[None, :]
+    return cached.at[layers, rows, lengths[None, :]].set(new, mode="drop", unique_indices=True)
 
 
 def _embed(

@@ -54,7 +54,7 @@ def program_turns(config: Config, name: str) -> tuple[int, ...]:
     """Turns of a program's loops whose length depends on data, the outermost first: tokens of a call, cache blocks."""
     if name != "decode":
         return ()
-    block = cache_block(config)
+    block = cache_block(config, "tpu")
     blocks = () if block is None else (-(-cached_positions(config) // block),)
     return (config.rollout.tokens_per_call, *blocks)
 
@@ -72,7 +72,7 @@ def multiplied_pairs(config: Config, kind: Implementation) -> float:
 
 def cached_positions(config: Config) -> int:
     """Positions of the cache that a decode step reads per slot: all, or the blocks that hold what is cached halfway."""
-    rollout, block = config.rollout, cache_block(config)
+    rollout, block = config.rollout, cache_block(config, "tpu")
     if block is None:
         return rollout.cache_capacity
     halfway = rollout.prompt_buckets[-1] + rollout.max_completion_tokens // 2
