@@ -166,11 +166,12 @@ def test_multihost_error_in_one_process_ends_both_by_name(pair, act, status, whe
 
 
 def test_multihost_sigterm_in_one_process_stops_both_and_the_run_goes_on(pair):
-    """A reward worker that dies in one process costs one demonstration in both, and stops nobody."""
+    """A reward worker that dies in one process costs at most one demonstration, the same in both, and stops nobody."""
     folder, outcomes = pair
     stopped = [outcome["stop:stop"] for outcome in outcomes]
     assert [(end["status"], end["message"]) for end in stopped] == [(0, "stopped")] * 2
-    assert [end["dropped"]["validation"]["demonstration_unverified"] for end in stopped] == [1, 1]
+    lost = [end["dropped"]["validation"]["demonstration_unverified"] for end in stopped]
+    assert lost in ([0, 0], [1, 1])  # the worker may have died before it began the first
     assert [outcome["stop"]["status"] for outcome in outcomes] == [0, 0]
     assert rows(folder, "stop", "ledger.jsonl") == rows(folder, "whole", "ledger.jsonl")
 
