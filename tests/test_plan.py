@@ -33,6 +33,9 @@ HloModule hand_made, is_scheduled=true
   %p1 = (s32[], f32[64]{0}) parameter(0)
   %i.1 = s32[] get-tuple-element(%p1), index=0
   %v.1 = f32[64]{0} get-tuple-element(%p1), index=1
+  %kernel = f32[16]{0} custom-call(%v.1), custom_call_target="tpu_custom_call", backend_config={"description":{
+"blocks":"= 512"
+}}, metadata={op_name="kernel"}
   %part = f32[16]{0} slice(%v.1), slice={[0:16]}
   %gathered = f32[64]{0} all-gather(%part), channel_id=1, replica_groups=[4,4]<=[16], metadata={op_name="a/b"}
   ROOT %out.1 = (s32[], f32[64]{0}) tuple(%i.1, %gathered)
@@ -93,9 +96,10 @@ def test_plan_multiplies_loops_in_loops():
     assert (gather.kind, gather.times, gather.bytes, gather.group) == ("all-gather", 6, 256.0, (0, 1, 2, 3))
     assert gather.where == "a/b"
     assert gather.wire_bytes == 6 * 256 * 3 / 4
-    # a turn of the inner loop: the slice reads and writes 64 bytes, the gather reads 64 and writes 256;
+    # a turn of the inner loop: the kernel, described over three lines, reads 256 bytes and writes 64, the slice reads
+    # and writes 64, the gather reads 64 and writes 256;
     # the loop that data decide reads 256 bytes in each of 5 turns and writes to other memory
-    assert moved.always.memory_bytes == 6 * (2 * 64 + 64 + 256) + 5 * 256
+    assert moved.always.memory_bytes == 6 * (256 + 64 + 2 * 64 + 64 + 256) + 5 * 256
     assert moved.always.unknown_loops == 1
 
 

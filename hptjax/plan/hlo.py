@@ -100,10 +100,10 @@ def parse(text: str) -> Program:
         if header:
             name, instructions = header[2], {}
             entry = name if header[1] else entry
-        elif line.startswith("}") and name:
+        elif line.rstrip() == "}" and name:  # alone: kernels are described over several lines
             computations[name] = Computation(name, instructions)
             name = ""
-        elif name and " = " in line:
+        elif name and line.startswith("  ") and " = " in line:
             found = _instruction(line.strip())
             if found is not None:
                 instructions[found.name] = found
