@@ -218,10 +218,16 @@ def opening_line(parts: Parts, folder: Path, stages: Sequence[Stage], progress: 
         [
             f"{folder}: {plan}, from step {progress.step}; {record['parameters']:,} parameters on "
             f"{parts.policy.mesh.size} {jax.default_backend()} device(s)"
-            + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
+            + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
+            + _idle_devices(parts.policy.mesh.size),
             f"questions: {sizes}" + (f"; dropped: {', '.join(dropped)}" if dropped else ""),
         ]
     )
+
+
+def _idle_devices(used: int) -> str:
+    idle = jax.device_count() - used
+    return f" ({idle} more stand idle: --mesh.fsdp or --mesh.data uses them)" if idle else ""
 
 
 def truncates_sampling(config: Config) -> bool:
