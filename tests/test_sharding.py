@@ -155,7 +155,7 @@ def test_mesh_axes_of_the_config_replace_lines_of_a_table(eight_devices):
     for preset, axes, message in (
         ("fspd", {}, "fsdp, replicated, decode, got 'fspd'"),
         ("fsdp", {"embd": ("fsdp",)}, "unknown logical axis 'embd'"),
-        ("fsdp", {"embed": ("fspd",)}, r"mesh.axes.embed: .*got \['fspd'\]"),
+        ("fsdp", {"embed": ("fspd",)}, r"mesh.axes, 'embed': .*got \['fspd'\]"),
         ("fsdp", {"embed": ("fsdp", "fsdp")}, "distinct mesh axes"),
     ):
         with pytest.raises(ValueError, match=message):

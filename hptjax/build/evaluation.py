@@ -157,4 +157,4 @@ def _demonstration_batches(config: Config, policy: Policy, questions: Sequence[Q
         max_segments=config.batch.max_segments,
         max_micro_batches=len(questions),
     )
-    return [put_micro_batch(policy.mesh, micro_batch) for micro_batch in update.micro_batches]
+    return [put_micro_batch(policy.mesh, micro_batch, policy.rules) for micro_batch in update.micro_batches]

@@ -77,7 +77,7 @@ def make_rules(preset: str, axes: Mapping[str, Sequence[str]] | None = None) -> 
         unknown = [axis for axis in mesh_axes if axis not in AXES]
         if unknown or len(set(mesh_axes)) < len(mesh_axes):
             raise ValueError(
-                f"mesh.axes.{name}: expected distinct mesh axes out of {', '.join(AXES)}, got {list(mesh_axes)}"
+                f"mesh.axes, {name!r}: expected distinct mesh axes out of {', '.join(AXES)}, got {list(mesh_axes)}"
             )
         rules[name] = tuple(mesh_axes)
     return rules
