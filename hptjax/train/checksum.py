@@ -16,10 +16,12 @@ the micro-batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
@@ -31,6 +33,7 @@ UNIT_ROUNDOFF = 2.0**-24
 SMALLEST = 2.0**-126  # squares below it may have been flushed to 0; the scale must not be 0 for that
 SAFETY = 16.0  # as in the bound on summed gradients (docs/proofs.md)
 NOT_CHECKED = -1.0
+SIZE_BITS = 0x7FFFFF  # as many as a float32 holds
 
 
 @struct.dataclass
@@ -76,25 +79,29 @@ def observe(
       window: which window of the run this is; r depends on it. added: micro-batches in the sums.
     """
     leaves, treedef = jax.tree.flatten(gradients)
-    columns = [
-        jax.tree.leaves(tree)
-        for tree in (squares, sums, checks.expected, checks.scale, checks.residual, checks.micro_batch)
-    ]
-    key = jax.random.fold_in(jax.random.key(SEED), window)
-    rows = []
-    for place, (gradient, square, total, expected, scale, residual, micro_batch) in enumerate(
-        zip(leaves, *columns, strict=True)
-    ):
-        gradient = gradient.astype(jnp.float32)
-        vectors = _vectors(jax.random.fold_in(key, place), gradient.shape)
-        expected = expected + projected(gradient, vectors)
-        scale = scale + jnp.sqrt(square + gradient.size * SMALLEST)
-        gap = jnp.abs(projected(total, vectors) - expected)
-        share = _share(gap, tolerance(scale, gradient.shape, added))
-        wrong = ~(share <= 1.0)  # a NaN is wrong, too
-        first = jnp.where((micro_batch < 0) & wrong, micro_index, micro_batch).astype(jnp.int32)
-        rows.append((expected, scale, jnp.maximum(residual, jnp.where(jnp.isnan(share), jnp.inf, share)), first))
-    return LeafChecks(*(jax.tree.unflatten(treedef, column) for column in zip(*rows, strict=True)))
+    shapes = [leaf.shape for leaf in leaves]
+    vectors = _vectors(jax.random.fold_in(jax.random.key(SEED), window), shapes)
+
+    def projections(tree: Params) -> Float[Array, " leaves"]:
+        parts = zip(jax.tree.leaves(tree), vectors, strict=True)
+        return jnp.stack([projected(leaf.astype(jnp.float32), axes) for leaf, axes in parts])
+
+    def stacked(tree: Params) -> Array:
+        return jnp.stack(jax.tree.leaves(tree))
+
+    blamed = stacked(checks.micro_batch)
+    smallest = np.asarray([math.prod(shape) * SMALLEST for shape in shapes], np.float32)
+    expected = stacked(checks.expected) + projections(gradients)
+    scale = stacked(checks.scale) + jnp.sqrt(stacked(squares) + smallest)
+    share = _share(jnp.abs(projections(sums) - expected), tolerance(scale, shapes, added))
+    wrong = ~(share <= 1.0)  # a NaN is wrong, too
+    columns = (
+        expected,
+        scale,
+        jnp.maximum(stacked(checks.residual), jnp.where(jnp.isnan(share), jnp.inf, share)),
+        jnp.where((blamed < 0) & wrong, micro_index, blamed).astype(jnp.int32),
+    )
+    return LeafChecks(*(jax.tree.unflatten(treedef, list(column)) for column in columns))
 
 
 def projected(leaf: Float[Array, "..."], vectors: list[Any]) -> Float[Array, ""]:
@@ -104,9 +111,11 @@ def projected(leaf: Float[Array, "..."], vectors: list[Any]) -> Float[Array, ""]
     return leaf
 
 
-def tolerance(scale: Float[Array, ""], shape: tuple[int, ...], added: Int[Array, ""]) -> Float[Array, ""]:
+def tolerance(
+    scale: Float[Array, " leaves"], shapes: Sequence[tuple[int, ...]], added: Int[Array, ""]
+) -> Float[Array, " leaves"]:
     """What rounding may do: 16 u (micro-batches + sum over axes of sqrt(length) / 4) x sum of the gradients' norms."""
-    along_axes = sum(math.sqrt(length) / 4 for length in shape)
+    along_axes = np.asarray([sum(math.sqrt(length) / 4 for length in shape) for shape in shapes], np.float32)
     return SAFETY * UNIT_ROUNDOFF * (added.astype(jnp.float32) + along_axes) * scale
 
 
@@ -120,16 +129,23 @@ def first_wrong(checks: LeafChecks) -> Int[Array, ""]:
     return earliest(jax.tree.leaves(checks.micro_batch))
 
 
-def _vectors(key: Any, shape: tuple[int, ...]) -> list[Any]:
-    """One vector per axis: signs times sizes between 0.5 and 1.5."""
-    vectors = []
-    for axis, length in enumerate(shape):
-        sign_key, size_key = jax.random.split(jax.random.fold_in(key, axis))
-        sizes = jax.random.uniform(size_key, (length,), jnp.float32, 0.5, 1.5)
-        vectors.append(jax.random.rademacher(sign_key, (length,), jnp.float32) * sizes)
+def _vectors(key: Any, shapes: list[tuple[int, ...]]) -> list[list[Any]]:
+    """Per shape one vector per axis: signs times sizes between 0.5 and 1.5.
+
+    All are cut from one draw: a draw for each would be most of what XLA compiles in a train step.
+    """
+    bits = jax.random.bits(key, (sum(sum(shape) for shape in shapes),), jnp.uint32)
+    sign = jnp.where(bits >> 31, -1.0, 1.0)
+    entries = sign * (0.5 + (bits & SIZE_BITS).astype(jnp.float32) / (SIZE_BITS + 1))
+    vectors, used = [], 0
+    for shape in shapes:
+        vectors.append([])
+        for length in shape:
+            vectors[-1].append(jax.lax.slice(entries, (used,), (used + length,)))
+            used += length
     return vectors
 
 
-def _share(gap: Float[Array, ""], allowed: Float[Array, ""]) -> Float[Array, ""]:
+def _share(gap: Float[Array, " leaves"], allowed: Float[Array, " leaves"]) -> Float[Array, " leaves"]:
     """gap / allowed; 0 where there is no gap, so that a leaf whose gradients are all 0 passes."""
     return jnp.where(gap == 0.0, 0.0, gap / allowed)
