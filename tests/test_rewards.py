@@ -122,17 +122,17 @@ def test_pool_deadline_counts_from_the_items_own_start():
 
 
 def test_pool_replaces_a_worker_killed_in_the_middle():
-    """At most the one item that each killed worker was at is lost."""
+    """At most the one item that each killed worker was at is lost; items are long, so that a kill meets one."""
     with RewardPool(workers=2, deadline_s=20.0) as pool:
         done = []
-        for index, row in pool.stream([bad_verifiers.sleep], ["0.003"] * 200, [{}] * 200):
+        for index, row in pool.stream([bad_verifiers.sleep], ["0.05"] * 60, [{}] * 60):
             done.append((index, row[0].reason))
-            if len(done) in (20, 60):
+            if len(done) in (10, 30):
                 os.kill(pool.process_ids[0], signal.SIGKILL)
-    assert sorted(index for index, _ in done) == list(range(200))
+    assert sorted(index for index, _ in done) == list(range(60))
     reasons = [reason for _, reason in done]
-    assert reasons.count("slept") + reasons.count("crashed") == 200
-    assert 1 <= reasons.count("crashed") <= 2  # the second kill may meet a worker that is still starting
+    assert reasons.count("slept") + reasons.count("crashed") == 60
+    assert 1 <= reasons.count("crashed") <= 2  # a kill may meet a worker that is still starting
 
 
 def test_pool_blames_no_completion_for_a_worker_that_died_idle(pool):

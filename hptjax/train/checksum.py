@@ -137,13 +137,9 @@ def _vectors(key: Any, shapes: list[tuple[int, ...]]) -> list[list[Any]]:
     bits = jax.random.bits(key, (sum(sum(shape) for shape in shapes),), jnp.uint32)
     sign = jnp.where(bits >> 31, -1.0, 1.0)
     entries = sign * (0.5 + (bits & SIZE_BITS).astype(jnp.float32) / (SIZE_BITS + 1))
-    vectors, used = [], 0
-    for shape in shapes:
-        vectors.append([])
-        for length in shape:
-            vectors[-1].append(jax.lax.slice(entries, (used,), (used + length,)))
-            used += length
-    return vectors
+    ends = np.cumsum([length for shape in shapes for length in shape])
+    cuts = iter(jnp.split(entries, ends[:-1]))
+    return [[next(cuts) for _ in shape] for shape in shapes]
 
 
 def _share(gap: Float[Array, " leaves"], allowed: Float[Array, " leaves"]) -> Float[Array, " leaves"]:
