@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -127,6 +128,11 @@ def oversleep() -> None:
     time.sleep(6)
 
 
+def full_disk() -> None:
+    """From here on no file of this process grows past some bytes; writes fail, as they do on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+
+
 @contextlib.contextmanager
 def short_limit() -> Iterator[None]:
     """From the second step on, nobody is waited for longer than two seconds; compiling is over by then."""
@@ -147,6 +153,7 @@ FAULTS: dict[str, Callable[[], list[contextlib.AbstractContextManager]]] = {
     "late": lambda: [short_limit(), at_step(1, oversleep)],
     "stop": lambda: [dead_worker(2), at_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))],
     "kill": lambda: [at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL))],
+    "full": lambda: [at_step(1, full_disk)],
     "stuck": lambda: [short_limit(), before_last_micro_batch(1, lambda: time.sleep(1000))],
     "kill_inside": lambda: [before_last_micro_batch(1, lambda: os.kill(os.getpid(), signal.SIGKILL))],
     "freeze": lambda: [short_limit(), at_step(1, lambda: os.kill(os.getpid(), signal.SIGSTOP))],

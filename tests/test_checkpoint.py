@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hptjax.sharding.words import word_sum
 from hptjax.train.checkpoint import CheckpointFailed, CheckpointUnreadable, open_checkpoints
 from hptjax.train.checkpoint_content import checksums, differences
+from hptjax.train.checkpoint_manager import meet
 from hptjax.train.state import init_state
 from hptjax.types import Peak, SumCount
 
@@ -286,6 +288,25 @@ def test_checkpoint_full_disk_keeps_the_last_good_one(tmp_path, limit):
         assert checkpoints.restore_best({"w": noise * 0}) is None
         checkpoints.save(2, {"w": noise + 2}, {}, metric=None, wait=True)  # training went on; there is space again
         assert_same(checkpoints.restore_latest({"w": noise * 0}).state, {"w": noise + 2})
+
+
+def test_checkpoint_write_that_failed_waits_for_no_other_process(monkeypatch):
+    """Orbax comes to its meetings in a `finally` too, which the others never come to."""
+    waited = []
+    monkeypatch.setattr(ocp.multihost, "get_barrier_sync_fn", lambda: lambda **meeting: waited.append(meeting))
+    meet(key="written", timeout_ms=5)
+    assert waited == [{"key": "written", "timeout_ms": 5}]
+
+    def finish() -> None:
+        try:
+            raise OSError("disk full")
+        finally:
+            meet(key="done", timeout_ms=5)
+            waited.append("came here")
+
+    with pytest.raises(OSError, match="disk full"):
+        finish()
+    assert len(waited) == 1
 
 
 @orbax_leftovers

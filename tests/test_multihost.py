@@ -232,6 +232,15 @@ def test_multihost_process_that_never_comes_to_a_program_ends_the_other(tmp_path
     assert "hptjax: process 0 failed at 'update'" in log(tmp_path, 1)
 
 
+@pytest.mark.slow
+def test_multihost_checkpoint_that_one_process_cannot_write_ends_both(tmp_path):
+    """The other waits inside orbax for the write that never comes, where orbax itself would wait for 20 minutes."""
+    assert statuses(tmp_path, ["cli", "whole:full"]) == [2, 2]
+    assert "hptjax: process 1 failed at 'checkpoint': CheckpointFailed: a checkpoint could not be" in log(tmp_path, 0)
+    assert "File too large" in log(tmp_path, 0)
+    assert [path.name for path in (tmp_path / "runs/whole/checkpoints").glob("[0-9]")] == ["0"]
+
+
 # Without a second process
 
 

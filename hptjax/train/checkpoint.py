@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from hptjax.sharding.peers import several, waiting
 from hptjax.train.checkpoint_content import (
     as_json,
     as_leaf,
@@ -74,7 +75,8 @@ class Entry(NamedTuple):
 class Checkpoints:
     """A run's checkpoints. Make it with `open_checkpoints`; use it as a context manager, or call `close`.
 
-    `manager` is replaced after a failed save, because the old one may still hold errors of it.
+    `manager` is replaced after a failed save, because the old one may still hold errors of it. Where there are several
+    processes it is left as it is: the others are inside the same save, and any manager would wait for them.
     """
 
     folder: pathlib.Path
@@ -84,6 +86,7 @@ class Checkpoints:
     report: Callable[[str], None]
     quiet: contextlib.ExitStack
     read_only: bool = False
+    left_alone: bool = False
 
     def save(
         self,
@@ -131,7 +134,8 @@ class Checkpoints:
         if rank is not None:
             self.retention.metrics[ordinal] = rank
         try:
-            self.manager.save(ordinal, args=ocp.args.Composite(**items))
+            with waiting():
+                self.manager.save(ordinal, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and tensorstore raise many kinds; all mean that nothing was committed
             raise self._failed(error) from error
         if wait:
@@ -143,17 +147,21 @@ class Checkpoints:
         Raises: the save failed -> CheckpointFailed; what it had written is removed.
         """
         try:
-            self.manager.wait_until_finished()
+            with waiting():
+                self.manager.wait_until_finished()
         except Exception as error:  # as in `save`
             raise self._failed(error) from error
 
     def close(self) -> None:
         """Ends the last save and frees the background threads. Raises: the save failed -> CheckpointFailed."""
-        try:
-            self.wait()
-        finally:
-            self.manager.close()
-            self.quiet.close()
+        with self.quiet:
+            if self.left_alone:
+                return
+            try:
+                self.wait()
+            finally:
+                if not self.left_alone:
+                    self.manager.close()
 
     def entries(self) -> list[Entry]:
         """The checkpoints that can be listed, oldest first; one without a readable record is left out."""
@@ -269,10 +277,11 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> CheckpointFailed:
         """Starts afresh after a failed save, removing what it wrote (a full disk gets its space back)."""
-        close_failed(self.manager)
-        if jax.process_index() == 0:
+        self.left_alone = several()
+        if not self.left_alone:
+            close_failed(self.manager)
             remove_unfinished(self.folder)
-        self.manager = make_manager(self.folder, self.retention)
+            self.manager = make_manager(self.folder, self.retention)
         present = set(self.manager.all_steps())
         for ordinal in set(self.retention.metrics) - present:
             del self.retention.metrics[ordinal]

@@ -14,6 +14,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from hptjax.sharding.peers import several
+
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
@@ -35,9 +37,23 @@ class Retention:
 def make_manager(folder: pathlib.Path, retention: Retention, *, read_only: bool = False) -> ocp.CheckpointManager:
     """Orbax's manager of a folder, made if absent; what killed saves left in it is removed, unless `read_only`."""
     options = ocp.CheckpointManagerOptions(
-        enable_async_checkpointing=True, cleanup_tmp_directories=not read_only, preservation_policy=retention
+        enable_async_checkpointing=True,
+        cleanup_tmp_directories=not read_only,
+        preservation_policy=retention,
+        async_options=ocp.AsyncOptions(barrier_sync_fn=meet) if several() else None,
     )
     return ocp.CheckpointManager(folder, options=options)
+
+
+def meet(*, key: str, timeout_ms: int) -> None:
+    """Waits in the background of a save until every process has come to the same point of it.
+
+    Orbax calls it in a `finally` too: a process whose write has failed would wait 20 minutes there, for others that
+    wait at an earlier point for it. It must hand its error on at once.
+    """
+    if (failed := sys.exception()) is not None:
+        raise failed
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def close_failed(manager: ocp.CheckpointManager) -> None:
