@@ -15,6 +15,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ PACKAGES = (
 ).split()
 SHOWN_CHANGES = 12
 LOCK_FILE = "lock"
+MARK_FILE = "started"  # of several processes: what the first has written there, the others must find
 
 
 @contextlib.contextmanager
@@ -47,6 +49,30 @@ def held(folder: pathlib.Path) -> Iterator[None]:
                     "it, stop it, or give the run another name (--name)."
                 ) from None
         yield
+
+
+def mark(folder: pathlib.Path) -> str:
+    """Writes a sign of this start into the run folder, and returns it."""
+    sign = uuid.uuid4().hex
+    write_json(folder / MARK_FILE, sign)
+    return sign
+
+
+def check_seen(folder: pathlib.Path, sign: str) -> None:
+    """Raises ValueError where this process does not see the folder that `mark` has written its sign into.
+
+    Each process writes its own parts of a checkpoint: in different folders they would make none.
+    """
+    try:
+        seen = read_json(folder / MARK_FILE)
+    except (OSError, ValueError):
+        seen = None
+    if seen != sign:
+        raise ValueError(
+            f"expected every process to see the run folder that process 0 has opened, got another one, or none, at "
+            f"'{folder.absolute()}' on {platform.node()}; set runs_dir to a folder that all hosts share, an absolute "
+            "path where the processes start in different folders."
+        )
 
 
 def open_run_folder(config: Config) -> pathlib.Path:

@@ -28,6 +28,7 @@ from hptjax.models.folder import load_folder, save_folder
 from hptjax.models.folder_slices import folder_shape, load_placed, read_part
 from hptjax.models.keys import CheckpointKey
 from hptjax.models.shape import DecoderConfig
+from hptjax.rundir import check_seen, mark
 from hptjax.sharding import distributed
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import make_mesh
@@ -323,6 +324,15 @@ def test_multihost_slurm_gpus_that_do_not_divide_are_refused():
     environment = {"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_LOCALID": "0"}
     with pytest.raises(ValueError, match=r"8 GPUs of a node to divide over its 3 tasks.*--ntasks-per-node"):
         distributed.slurm_local_devices(environment)
+
+
+def test_multihost_run_folder_that_another_process_does_not_see_is_refused(tmp_path):
+    sign = mark(tmp_path)
+    check_seen(tmp_path, sign)
+    (tmp_path / "elsewhere").mkdir()
+    for folder, told in ((tmp_path / "elsewhere", sign), (tmp_path, "of an earlier start"), (tmp_path / "none", sign)):
+        with pytest.raises(ValueError, match=r"every process to see the run folder.*set runs_dir"):
+            check_seen(folder, told)
 
 
 def test_multihost_packed_bytes_come_back():

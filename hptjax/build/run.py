@@ -22,11 +22,11 @@ from hptjax.build.world import Saver, build_cadence, build_telemetry, build_worl
 from hptjax.config import Config, resolved
 from hptjax.masked import mean
 from hptjax.records import Question
-from hptjax.rundir import held, open_run_folder, read_json, run_folder, write_json
+from hptjax.rundir import check_seen, held, mark, open_run_folder, read_json, run_folder, write_json
 from hptjax.sharding.agree import check_same, from_first
 from hptjax.sharding.distributed import initialize
 from hptjax.sharding.host import to_host
-from hptjax.sharding.peers import is_first
+from hptjax.sharding.peers import is_first, several
 from hptjax.sharding.watchdog import shared_fate
 from hptjax.train.checkpoint import Checkpoints, open_checkpoints
 from hptjax.train.jsonl import open_jsonl, read_rows, truncate_after
@@ -63,12 +63,14 @@ def _train_together(config: Config, *, quiet: bool) -> dict[str, Any]:
     folder = run_folder(config)
     with contextlib.ExitStack() as holding:
 
-        def open_folder() -> dict[str, Any] | None:
+        def open_folder() -> tuple[str, dict[str, Any] | None]:
             holding.enter_context(held(folder))
             open_run_folder(config)
-            return _summary_of_finished(config, folder)
+            return mark(folder) if several() else "", _summary_of_finished(config, folder)
 
-        summary = from_first(open_folder, "opening the run folder")
+        sign, summary = from_first(open_folder, "opening the run folder")
+        if several():
+            check_seen(folder, sign)
         if summary is not None:
             if not quiet:
                 print(f"{folder} is finished; nothing was run again.\n{summary_table(summary)}")
