@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
             print(as_script(steps), end="")
             return 0
         return carry_out(steps)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"launch {command}: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:

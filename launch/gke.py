@@ -11,7 +11,7 @@ import yaml
 from launch.machine import Config
 from launch.steps import Command, Step
 from launch.tpu import Slice, tpu_slice
-from launch.training import GRACE_S, SHARED, check_config, check_name, in_container, required, training
+from launch.training import GRACE_S, SHARED, check_config, check_name, check_words, in_container, required, training
 from launch.until_done import COME_BACK
 
 
@@ -123,8 +123,17 @@ def check_gke(options: Gke, overrides: Sequence[str]) -> Slice:
         location=options.location,
         image=options.image,
         claim=options.claim,
+        namespace=options.namespace,
     )
     check_name(options.name)
+    check_words(
+        project=options.project,
+        cluster=options.cluster,
+        location=options.location,
+        image=options.image,
+        claim=options.claim,
+        namespace=options.namespace,
+    )
     slice_ = tpu_slice(options.topology)
     if options.slices < 1 or options.max_restarts < 0 or options.grace_s < 1:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from launch.steps import Command, Step
-from launch.training import GRACE_S, SHARED, check_config, in_container, training
+from launch.training import GRACE_S, SHARED, check_config, check_words, in_container, training
 
 Config = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG", help="a file of configs/")]
 
@@ -48,6 +48,7 @@ def node_steps(options: Node, overrides: Sequence[str]) -> list[Step]:
         if options.shared:
             raise ValueError(f"expected --image where --shared is given, got --shared {options.shared} alone")
         return [Command(training(options.config, overrides))]
+    check_words(image=options.image)
     if not options.shared.startswith("/"):
         raise ValueError(
             f"expected the absolute path of an existing folder, or the run dies with the container, got "

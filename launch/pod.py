@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from launch.machine import Config
 from launch.steps import Command, Step, Wait
 from launch.tpu import Slice, tpu_slice
-from launch.training import GRACE_S, SHARED, check_config, check_name, in_container, required, training
+from launch.training import GRACE_S, SHARED, check_config, check_name, check_words, in_container, required, training
 
 MOUNTED = "/mnt/shared"  # the shared folder, as a host sees it
 
@@ -64,6 +64,7 @@ def check_pod(options: Pod, overrides: Sequence[str]) -> Slice:
     """The slice that is asked for. Raises ValueError for what is missing or clashes."""
     required(project=options.project, zone=options.zone, image=options.image, nfs=options.nfs)
     check_name(options.name)
+    check_words(project=options.project, zone=options.zone, image=options.image)
     pod = tpu_slice(options.topology)
     if options.accelerator_type not in ("", pod.accelerator_type):
         raise ValueError(
@@ -75,7 +76,7 @@ def check_pod(options: Pod, overrides: Sequence[str]) -> Slice:
     if options.replace and options.existing:
         raise ValueError("expected --replace or --existing, got both: one deletes the pod that the other uses")
     server, _, path = options.nfs.partition(":")
-    if not server or not path.startswith("/"):
+    if not server or server.startswith("-") or not path.startswith("/"):
         raise ValueError(f"expected SERVER:/PATH of a shared folder, got '{options.nfs}'; change --nfs")
     where = f"{options.slices} x {pod.name}"
     check_config(options.config, overrides, devices=options.slices * pod.chips, where=where, slices=options.slices)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from launch.machine import Config
 from launch.steps import Command, Step
-from launch.training import GRACE_S, check_config, check_name, training
+from launch.training import GRACE_S, check_config, check_name, check_words, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Slurm:
 def slurm_steps(options: Slurm, overrides: Sequence[str]) -> list[Step]:
     """The batch script handed to sbatch."""
     check_name(options.name)
+    check_words(time=options.time, partition=options.partition, account=options.account)
     for field in ("nodes", "gpus_per_node", "cpus_per_task", "grace_s"):
         if dataclasses.asdict(options)[field] < 1:
             raise ValueError(

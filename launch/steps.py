@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from typing import Any
 
 END = "END_OF_INPUT"  # closes the text that a printed command reads
 
@@ -55,19 +58,51 @@ def _as_shell(step: Step) -> str:
 
 
 def carry_out(steps: Sequence[Step]) -> int:
-    """Runs the steps in order; the exit status of the first that fails, else 0."""
+    """Runs the steps in order; the exit status of the first that fails, else 0. None begins after a signal.
+
+    Raises ValueError, before anything is run, where a program is not there.
+    """
+    for name in dict.fromkeys(step.argv[0] for step in steps):
+        if shutil.which(name) is None:
+            raise ValueError(
+                f"expected the program '{name}' on this machine, got none in PATH; install it, or activate the "
+                "environment that has it. --dry-run prints what to run elsewhere"
+            )
+    told: list[int] = []
     for step in steps:
-        status = _wait(step) if isinstance(step, Wait) else _run(step)
+        if told:
+            return 128 + told[0]
+        status = _wait(step) if isinstance(step, Wait) else _run(step, told)
         if status:
             return status
     return 0
 
 
-def _run(step: Command) -> int:
+def _run(step: Command, told: list[int]) -> int:
+    """Runs a program to its own end, because it may have something to save; signals that come meanwhile go to `told`.
+
+    Ctrl-C reaches the program by itself, from the terminal; SIGTERM is passed on.
+    """
     text = None if step.stdin is None else step.stdin.rstrip() + "\n"
     environment = {**os.environ, **dict(step.environment)}
-    done = subprocess.run(step.argv, input=text, text=True, env=environment, check=False)
-    return done.returncode
+    program: subprocess.Popen[str] | None = None
+
+    def stop(number: int, frame: Any) -> None:
+        told.append(number)
+        if number == signal.SIGTERM and program is not None and program.poll() is None:
+            program.send_signal(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stdin = None if text is None else subprocess.PIPE
+        program = subprocess.Popen(step.argv, stdin=stdin, text=True, env=environment)
+        if signal.SIGTERM in told:  # between the handler and the start
+            program.send_signal(signal.SIGTERM)
+        program.communicate(text)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return program.returncode if program.returncode >= 0 else 128 - program.returncode
 
 
 def _wait(step: Wait) -> int:

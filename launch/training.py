@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
 from collections.abc import Sequence
 
+from hptjax.build.mesh import check_mesh
+from hptjax.config_batch import mesh_devices, mesh_sizes, mesh_words
 from hptjax.config_load import load_config
 
 SHARED = "/shared"  # the shared folder, as a container sees it: run folders, checkpoints, models
@@ -27,28 +27,31 @@ def in_container(arguments: Sequence[str]) -> tuple[str, ...]:
     return ("python", "-m", "launch.until_done", *arguments)
 
 
-def check_config(path: str, overrides: Sequence[str], *, devices: int | None, where: str, slices: int = 1) -> None:
+def check_config(path: str, overrides: Sequence[str], *, devices: int, where: str, slices: int = 1) -> None:
     """Nothing, where `hptjax train` with these arguments would accept its config on that many devices.
 
-    Raises ValueError: fields that contradict each other, or a mesh that is not the machine.
+    Raises ValueError: fields that contradict each other, a mesh that is not the machine, what does not divide over it.
     """
     config = load_config(path, overrides)
-    axes = {name: size for name, size in dataclasses.asdict(config.mesh).items() if isinstance(size, int)}
-    size = math.prod(axes.values())
-    if devices is None or size == devices:
-        if axes["replica"] % slices:
-            raise ValueError(
-                f"expected mesh.replica to be a multiple of the {slices} slices, got {axes['replica']}; the slow "
-                f"network between slices carries replicas only; add -- --mesh.replica {slices}"
-            )
-        return
-    product = " x ".join(f"{name} {count}" for name, count in axes.items())
-    others = size // axes["fsdp"]
-    remedy = f"--mesh.fsdp {devices // others}" if devices % others == 0 else "other mesh axes"
-    raise ValueError(
-        f"expected a mesh of the {devices} devices of {where}, got {product} = {size}; add -- {remedy}, or take "
-        "another machine"
-    )
+    axes, size = mesh_sizes(config), mesh_devices(config)
+    if config.mesh.devices not in (None, devices):
+        raise ValueError(
+            f"expected mesh.devices to be the {devices} devices of {where}, got {config.mesh.devices}; leave it out or "
+            "take another machine"
+        )
+    if size != devices:
+        others = size // axes["fsdp"]
+        remedy = f"--mesh.fsdp {devices // others}" if devices % others == 0 else "other mesh axes"
+        raise ValueError(
+            f"expected a mesh of the {devices} devices of {where}, got {mesh_words(config)}, which is {size}; add -- "
+            f"{remedy}, or take another machine"
+        )
+    if axes["replica"] % slices:
+        raise ValueError(
+            f"expected mesh.replica to be a multiple of the {slices} slices, got {axes['replica']}; the slow "
+            f"network between slices carries replicas only; add -- --mesh.replica {slices}"
+        )
+    check_mesh(config)
 
 
 def check_name(name: str) -> None:
@@ -60,6 +63,16 @@ def check_name(name: str) -> None:
         )
 
 
+def check_words(**given: str) -> None:
+    """Raises ValueError for a value that would be more than one word of a command, or an option of its own."""
+    for name, value in given.items():
+        if not re.fullmatch(r"([A-Za-z0-9_./][\w.:/@,+=%-]*)?", value, re.ASCII):
+            raise ValueError(
+                f"expected one word of letters, digits and . : / @ _ - + , = %, beginning with no sign but . / or _, "
+                f"got {value!r}; change --{name}"
+            )
+
+
 def required(**given: str) -> None:
     """Raises ValueError that names what is missing and where it is found."""
     hints = {
@@ -68,6 +81,7 @@ def required(**given: str) -> None:
         "location": "the zone or region of the cluster; `gcloud container clusters list` shows it",
         "cluster": "the GKE cluster with the TPU node pool; `gcloud container clusters list` shows yours",
         "image": "the container made from launch/container/, such as us-docker.pkg.dev/PROJECT/REPOSITORY/hptjax:1",
+        "namespace": "where in the cluster the JobSet goes; `default`, if nobody made another",
         "claim": "a ReadWriteMany volume claim: all hosts write one checkpoint together, and it outlives them",
         "nfs": "SERVER:/PATH of a shared folder: all hosts write one checkpoint together, and it outlives them",
     }

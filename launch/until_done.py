@@ -17,6 +17,7 @@ from typing import Any
 
 COME_BACK = 75  # EX_TEMPFAIL of sysexits.h: not finished, the same command continues
 USAGE = 64
+NOT_FOUND = 127  # as a shell says it
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -31,11 +32,15 @@ def run(arguments: Sequence[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    child = subprocess.Popen(list(arguments), start_new_session=True)  # Ctrl-C then comes once, from here
+    try:
+        child = subprocess.Popen(list(arguments), start_new_session=True)  # Ctrl-C then comes once, from here
+    except OSError as error:
+        print(f"launch.until_done: expected a program to run, got {error}", file=sys.stderr)
+        return NOT_FOUND
     if asked:  # between the handler and the start
         child.send_signal(asked[0])
     status = child.wait()
-    if asked and status in (0, -asked[0]):
+    if asked and status in (0, -asked[0], 128 + asked[0]):
         return COME_BACK
     return status if status >= 0 else 128 - status
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import launch.steps
 from hptjax.config_load import load_config
 from launch.__main__ import COMMANDS, HELP, run
+from launch.steps import Command, carry_out
 from launch.training import training
 
 RECORDER = '''#!{python} -S
@@ -171,8 +173,8 @@ def test_launch_gke_speaks_to_the_named_cluster(recorded):
     [
         ("fly configs/quickstart.toml", ["unknown command 'fly'", "gke"]),
         ("laptop configs/absent.toml", ["no config file", "configs/quickstart.toml"]),
-        ("laptop configs/quickstart.toml -- --mesh.data 2", ["mesh of the 1 devices", "= 2"]),
-        ("node configs/quickstart.toml --gpus 8", ["the 8 devices", "= 1", "8"]),
+        ("laptop configs/quickstart.toml -- --mesh.data 2", ["mesh of the 1 devices", "which is 2"]),
+        ("node configs/quickstart.toml --gpus 8", ["the 8 devices", "which is 1", "8"]),
         ("node configs/quickstart.toml --gpus 0", ["at least 1 GPU", "--gpus"]),
         ("node configs/quickstart.toml --gpus 1 --image h", ["absolute path", "--shared"]),
         ("node configs/quickstart.toml --gpus 1 --shared /data", ["--image", "/data"]),
@@ -184,10 +186,17 @@ def test_launch_gke_speaks_to_the_named_cluster(recorded):
         (f"{POD} --accelerator-type v5litepod-32", ["v5litepod-16", "16 chips", "v5litepod-32"]),
         (f"{POD} --name My_Pod -- --mesh.data 16", ["My_Pod", "--name"]),
         (f"{POD} --replace --existing -- --mesh.data 16", ["--replace", "--existing"]),
-        (f"{POD} -- --mesh.data 8", ["16 devices of 1 x v5e:4x4", "= 8", "mesh.fsdp 2"]),
+        (f"{POD} -- --mesh.data 8", ["16 devices of 1 x v5e:4x4", "which is 8", "mesh.fsdp 2"]),
         (f"{POD} --slices 2 -- --mesh.data 32 --batch.rows 32", ["mesh.replica", "2 slices"]),
         (POD.replace("10.0.0.2:/s", "share"), ["SERVER:/PATH", "share"]),
         (GKE.replace("--claim shared", ""), ["--claim", "ReadWriteMany"]),
+        ("node configs/quickstart.toml --gpus 8 -- --mesh.fsdp 8 --mesh.devices 4", ["mesh.devices", "got 4"]),
+        (f"{POD} -- --mesh.data 16 --batch.rows 24", ["batch.rows", "multiple of mesh.data (16)", "16 or 32"]),
+        (POD.replace("us-docker.pkg.dev/", "'x;touch y;gcr.io/'"), ["one word", "x;touch y;gcr.io", "--image"]),
+        (POD.replace("--project lab", "--project=--quiet"), ["'--quiet'", "change --project"]),
+        ("slurm configs/quickstart.toml --time '1:00\ntouch y'", ["touch y", "--time"]),
+        (f"{GKE} --namespace ''", ["--namespace"]),
+        (f"laptop {'x' * 5000}", ["no config file"]),
         (f"{GKE} --max-restarts -1", ["--max-restarts", "-1"]),
         (f"{GKE} --topology v5e:2x4 --slices 2", ["several hosts", "v5e:2x4"]),
     ],
@@ -197,6 +206,27 @@ def test_launch_refuses_what_cannot_work_and_says_what_would(recorded, capsys, l
     error = capsys.readouterr().err
     assert [words for words in said if words not in error] == []
     assert recorded() == []
+
+
+def test_launch_refuses_a_program_that_is_not_there_before_anything_runs(recorded, capsys, tmp_path, monkeypatch):
+    (tmp_path / "kubectl").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(shlex.split(LAUNCHES["gke"])) == 2
+    assert "expected the program 'kubectl'" in capsys.readouterr().err
+    assert recorded() == []
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, 7), (signal.SIGINT, 5)])
+def test_launch_program_that_is_told_to_stop_ends_by_itself(number, ends):
+    """SIGTERM is passed on, Ctrl-C has come from the terminal already; nobody is killed while it saves."""
+    code = (
+        f"import os, signal, sys, time; signal.signal({int(signal.SIGTERM)}, lambda *_: sys.exit(7)); "
+        f"os.kill(os.getppid(), {int(number)}); time.sleep(1); sys.exit(5)"
+    )
+    never = Command((sys.executable, "-c", "raise SystemExit(9)"))
+    assert carry_out([Command((sys.executable, "-c", code)), never]) == ends
+    stopped = code.replace("sys.exit(7)", "sys.exit(0)").replace("sys.exit(5)", "sys.exit(0)")
+    assert carry_out([Command((sys.executable, "-c", stopped)), never]) == 128 + number
 
 
 def test_launch_refuses_a_bad_field_of_the_config(recorded, capsys):

@@ -15,6 +15,7 @@ import pytest
 
 from launch.slurm import Slurm, batch_script
 from launch.until_done import COME_BACK
+from launch.until_done import run as until_done
 from tests import tiny
 from tests.test_resume import finish, same_run, wait_for_training
 
@@ -49,12 +50,18 @@ def test_launch_until_done_keeps_the_status_of_a_run_that_ends_by_itself(code, s
     [
         ("signal.signal(15, lambda *_: sys.exit(0))", COME_BACK),  # saved and ended well
         ("signal.signal(15, lambda *_: sys.exit(4))", 4),  # could not save
+        ("signal.signal(15, lambda *_: sys.exit(143))", COME_BACK),  # as a shell, or Ctrl-C in `hptjax`, ends
         ("pass", COME_BACK),  # not yet far enough to have anything to save
     ],
 )
 def test_launch_until_done_says_come_back_after_sigterm(on_sigterm, status):
     code = f"import signal, sys, time; {on_sigterm}; print('ready', flush=True); time.sleep(60)"
     assert status_of(code, stop=True) == status
+
+
+def test_launch_until_done_of_an_absent_program_is_no_traceback(capfd):
+    assert until_done(["/nowhere/hptjax"]) == 127
+    assert "expected a program to run" in capfd.readouterr().err
 
 
 def test_launch_until_done_needs_the_standard_library_only():
