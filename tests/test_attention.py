@@ -209,11 +209,11 @@ MESHES = {  # mesh sizes, kv heads
 }
 
 
-def on_mesh(name, mesh, *, head_dim=E, block=8, interpret=False):
+def on_mesh(name, mesh, *, head_dim=E, block=8, interpret=False, axes=None):
     return build_attention(
         name,
         mesh=mesh,
-        rules=make_rules("fsdp"),
+        rules=make_rules("fsdp", axes),
         head_dim=head_dim,
         dtype=jnp.float32,
         block=block,
@@ -234,6 +234,28 @@ def test_attention_on_a_mesh_equals_the_reference_forward_and_backward(case, kin
     inputs = rows((2, 32, 8, kv_heads, E))
     got = results(on_mesh(kind, mesh), *inputs)
     check_equal(got, results(reference_attention, *inputs), inputs[3], 2e-5)
+
+
+def test_attention_of_query_heads_cut_across_the_groups_of_copied_kv_heads(eight_devices):
+    """6 query heads in groups of 3 on 3 devices: the second has the last of one group and the first of the other."""
+    mesh = make_mesh(tensor=3, devices=eight_devices[:3])
+    inputs = rows((1, 16, 6, 2, E))
+    got = results(on_mesh("chunked", mesh, axes={"kv_heads": ()}), *inputs)
+    check_equal(got, results(reference_attention, *inputs), inputs[3], 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"heads": ()}, r"kv_heads to be cut .* heads \(\[\]\), got \['tensor'\]"),
+        ({"kv_heads": ("data",), "batch": ()}, r"heads \(\['tensor'\]\), got \['data'\]"),
+        ({"heads": (), "kv_heads": (), "head_dim": ("tensor",)}, r"head_dim whole .* over \['tensor'\]"),
+    ],
+)
+def test_attention_refuses_tables_that_take_heads_and_kv_heads_apart(axes, words, eight_devices):
+    mesh = make_mesh(data=2, tensor=2, devices=eight_devices[:4])
+    with pytest.raises(ValueError, match=words):
+        results(on_mesh("chunked", mesh, axes=axes), *rows((2, 16, 4, 2, E)))
 
 
 @pytest.mark.parametrize("sequence", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -275,6 +297,7 @@ def test_attention_is_chosen_by_platform_and_shape(changes, chosen):
         ("splash", {"platform": "cpu"}, "runs on TPU only, this is cpu"),
         ("splash", {"tokens": 8200}, "a multiple of 128, got 8200"),
         ("splash", {"head_dim": 96}, "got 96"),
+        ("splash", {"block": 64}, "model.attention_block of at least 128, got 64"),
         ("cudnn", {}, "NVIDIA GPUs only, this is tpu"),
         ("cudnn", {"platform": "gpu", "dtype": "float32"}, "model.compute_dtype is float32"),
     ],

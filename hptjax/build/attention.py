@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hptjax.config import Config
@@ -159,6 +160,7 @@ def build_attention(
             cut = functools.partial(partition_spec, mesh, rules=rules)
             of_query = cut(("batch", "time", "heads", "head_dim"), query.shape)
             of_key = cut(("batch", "time", "kv_heads", "head_dim"), key.shape)
+            _check_heads(of_query, of_key)
             heads = query.shape[2] // math.prod(mesh.shape[axis] for axis in _names(of_query, 2))
             kernel, of_kernel = None, None
             if kind == "splash":
@@ -218,10 +220,30 @@ def _on_device(
         )
     copied = tuple(axis for axis in heads if axis not in kv_heads)
     if copied:  # more parts of the query heads than kv heads: this device's queries read some of the copied ones
-        start = jax.lax.axis_index(copied) * query.shape[2] // group
-        width = max(1, query.shape[2] // group)
-        key, value = (jax.lax.dynamic_slice_in_dim(x, start, width, axis=2) for x in (key, value))
+        here = query.shape[2]
+        first_head = jax.lax.axis_index(copied) * here
+        if here % group and group % here:  # parts of several groups: a kv head for each query head
+            of_query = (first_head + jnp.arange(here)) // group
+            key, value = (jnp.take(x, of_query, axis=2) for x in (key, value))
+        else:
+            width = max(1, here // group)
+            key, value = (jax.lax.dynamic_slice_in_dim(x, first_head // group, width, axis=2) for x in (key, value))
     return _part(kind, kernel, side)(query, key, value, segment_ids, key_segments, first)
+
+
+def _check_heads(of_query: PartitionSpec, of_key: PartitionSpec) -> None:
+    """Raises ValueError where a device would not hold the kv heads of its query heads, or parts of heads."""
+    heads, kv_heads = _names(of_query, 2), _names(of_key, 2)
+    if kv_heads != heads[: len(kv_heads)]:
+        raise ValueError(
+            f"expected kv_heads to be cut over the first of the mesh axes of heads ({list(heads)}), got "
+            f"{list(kv_heads)}; change mesh.axes (or mesh.rollout_axes)"
+        )
+    if _names(of_query, 3):
+        raise ValueError(
+            f"expected attention's head_dim whole on every device, got it cut over {list(_names(of_query, 3))}; change "
+            'mesh.axes (or mesh.rollout_axes), or set model.attention to "reference" and mesh.sequence to 1'
+        )
 
 
 def _names(spec: PartitionSpec, place: int) -> tuple[str, ...]:

@@ -98,6 +98,8 @@ def splash_refusal(tokens: int, head_dim: int, *, block: int, platform: str) -> 
     """Why splash cannot take rows of so many positions per device, in words; None where it can."""
     if platform != "tpu":
         return f"runs on TPU only, this is {platform}"
+    if block < LANES:
+        return f"takes a model.attention_block of at least {LANES}, got {block}"
     if splash_block(tokens, block) is None:
         return f"takes rows whose positions per device are a multiple of {LANES}, got {tokens}"
     if head_dim % LANES and head_dim != LANES // 2:
