@@ -15,7 +15,7 @@ import pytest
 from hptjax.build.mesh import build_mesh, check_mesh
 from hptjax.build.policy import build_policy
 from hptjax.build.stages import build_stages
-from hptjax.config import MeshConfig, ShapeConfig
+from hptjax.config import MeshConfig, RuleConfig, ShapeConfig
 from hptjax.models.decoder import param_shapes
 from hptjax.models.folder import save_folder
 from hptjax.models.shape import DecoderConfig
@@ -304,6 +304,22 @@ def test_mesh_check_names_rows_that_do_not_divide(folder, section, fields, names
     with pytest.raises(ValueError) as caught:
         check_mesh(dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)}))
     assert all(name in str(caught.value) for name in names), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"axes": [("embed", ()), ("embed", ("fsdp",))]}, "one line per logical axis in mesh.axes, got 2 for 'embed'"),
+        ({"axes": [("embd", ())]}, "unknown logical axis 'embd' in mesh.axes"),
+        ({"rollout_axes": [("embd", ())]}, "unknown logical axis 'embd' in mesh.rollout_axes"),
+        ({"rollout_axes": [("mlp", ("tensr",))]}, r"mesh.rollout_axes, 'mlp': .*got \['tensr'\]"),
+        ({"rollout_axes": [("time", ("data",))]}, "mesh.rollout_axes cannot cut 'time'"),
+    ],
+)
+def test_mesh_tables_that_cannot_be_meant_are_refused(folder, fields, words):
+    lines = {name: tuple(RuleConfig(*line) for line in table) for name, table in fields.items()}
+    with pytest.raises(ValueError, match=words):
+        check_mesh(config_of(folder, MeshConfig(data=4, tensor=2, **lines)))
 
 
 def with_heads(config, heads, kv_heads):

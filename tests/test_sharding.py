@@ -141,6 +141,8 @@ def test_mesh_rules_over_several_axes(eight_devices):
     assert partition_spec(mesh, ("embed", "mlp"), (3, 8), decode) == PartitionSpec(None, ("fsdp", "tensor"))
     # 2 kv heads on fsdp 2 x tensor 2: cut over fsdp, copied over tensor; as the query heads' first cut
     assert partition_spec(mesh, ("kv_heads",), (2,), decode) == PartitionSpec("fsdp")
+    six = make_mesh(fsdp=3, tensor=2, devices=eight_devices[:6])
+    assert partition_spec(six, ("kv_heads",), (2,), decode) == PartitionSpec(None)  # not over fsdp 3, so over neither
     sequences = make_mesh(sequence=8, devices=eight_devices)
     assert partition_spec(sequences, ("batch", "time"), (1, 16)) == PartitionSpec(None, "sequence")
     assert set(PRESETS) == {"fsdp", "replicated", "decode"}

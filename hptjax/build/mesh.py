@@ -52,28 +52,40 @@ def _sizes_that_fit(config: Config, devices: int) -> dict[str, int]:
 
 def training_rules(config: Config) -> Rules:
     """The table that batches, parameters, sums and moments follow."""
-    return make_rules(config.mesh.rules, _lines(config.mesh.axes))
+    return make_rules(config.mesh.rules, _lines(config.mesh.axes, "mesh.axes"))
 
 
 def rollout_rules(config: Config) -> Rules:
     """The table that rollouts follow: weights while they sample, slots, and the KV cache.
 
     The time axis is never cut there, because prompts come in buckets and tokens one at a time.
+    Raises a line that cuts it, and what `make_rules` raises -> ValueError.
     """
-    if config.mesh.rollout_rules is None:
-        lines = {**_lines(config.mesh.axes), **_lines(config.mesh.rollout_axes)}
-        rules = make_rules(config.mesh.rules, lines)
-    else:
-        rules = make_rules(config.mesh.rollout_rules, _lines(config.mesh.rollout_axes))
-    return {**rules, "time": ()}
+    field, mesh = "mesh.rollout_axes", config.mesh
+    own = _lines(mesh.rollout_axes, field)
+    if own.get("time"):
+        raise ValueError(f"{field} cannot cut 'time', got over {list(own['time'])}: rollouts never do; leave it out.")
+    if mesh.rollout_rules is not None:
+        return {**make_rules(mesh.rollout_rules, own, field=field), "time": ()}
+    make_rules(mesh.rules, own, field=field)
+    return {**make_rules(mesh.rules, {**_lines(mesh.axes, "mesh.axes"), **own}), "time": ()}
 
 
-def _lines(rules: Sequence[RuleConfig]) -> dict[str, tuple[str, ...]]:
+def _lines(rules: Sequence[RuleConfig], field: str) -> dict[str, tuple[str, ...]]:
+    """Lines of a table by logical axis. Raises two lines for one axis -> ValueError, naming it."""
+    names = [rule.axis for rule in rules]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"expected one line per logical axis in {field}, got {len(twice)} for {twice[0]!r}; keep one.")
     return {rule.axis: rule.over for rule in rules}
 
 
-def check_mesh(config: Config) -> None:
-    """Raises ValueError where something does not divide over the mesh: the numbers that clash, and what would work."""
+def check_mesh(config: Config, shape: DecoderConfig | None = None) -> None:
+    """Raises ValueError where something does not divide over the mesh: the numbers that clash, and what would work.
+
+    Args
+      shape: of the model, where it is known; else the config's own, and of a folder nothing is checked.
+    """
     sizes = mesh_sizes(config)
     training, rollout = training_rules(config), rollout_rules(config)
     for name, size, logical, rules in (

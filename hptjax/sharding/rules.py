@@ -63,8 +63,8 @@ PRESETS: Mapping[str, Rules] = {"fsdp": FSDP_RULES, "replicated": REPLICATED_RUL
 COPIED_WHEN_FEWER = frozenset({"kv_heads"})
 
 
-def make_rules(preset: str, axes: Mapping[str, Sequence[str]] | None = None) -> Rules:
-    """The table of a preset, with the lines of `axes` in the place of its own.
+def make_rules(preset: str, axes: Mapping[str, Sequence[str]] | None = None, *, field: str = "mesh.axes") -> Rules:
+    """The table of a preset, with the lines of `axes` in the place of its own; `field` is where they were set.
 
     Raises an unknown preset, logical axis or mesh axis, or a mesh axis twice in one line -> ValueError, naming it.
     """
@@ -73,11 +73,11 @@ def make_rules(preset: str, axes: Mapping[str, Sequence[str]] | None = None) -> 
     rules = dict(PRESETS[preset])
     for name, mesh_axes in (axes or {}).items():
         if name not in rules:
-            raise ValueError(f"unknown logical axis {name!r} in mesh.axes; the tables know {', '.join(rules)}")
+            raise ValueError(f"unknown logical axis {name!r} in {field}; the tables know {', '.join(rules)}")
         unknown = [axis for axis in mesh_axes if axis not in AXES]
         if unknown or len(set(mesh_axes)) < len(mesh_axes):
             raise ValueError(
-                f"mesh.axes, {name!r}: expected distinct mesh axes out of {', '.join(AXES)}, got {list(mesh_axes)}"
+                f"{field}, {name!r}: expected distinct mesh axes out of {', '.join(AXES)}, got {list(mesh_axes)}"
             )
         rules[name] = tuple(mesh_axes)
     return rules
@@ -129,10 +129,11 @@ def axes_that_divide(name: str, size: int, mesh_axes: Sequence[str], sizes: Mapp
     Raises a size that does not divide -> ValueError, naming the axis and the sizes that clash.
     """
     devices = math.prod(sizes[axis] for axis in mesh_axes)
-    if size % devices == 0:
-        return tuple(mesh_axes)
-    if name in COPIED_WHEN_FEWER and devices % size == 0:
-        return axes_that_divide(name, size, mesh_axes[:-1], sizes)
+    kept = tuple(mesh_axes)
+    while size % math.prod(sizes[axis] for axis in kept) and name in COPIED_WHEN_FEWER and devices % size == 0:
+        kept = kept[:-1]
+    if size % math.prod(sizes[axis] for axis in kept) == 0:
+        return kept
     hint = f"make the axis a multiple of {devices}"
     if name in COPIED_WHEN_FEWER:
         hint += " or a divisor of it"
