@@ -249,8 +249,7 @@ def command_plan(arguments: list[str]) -> int:
     """Plans a config on absent TPUs; status 1 where it does not fit."""
     options = parse("plan", as_switch(arguments, "--search"), lambda config: PlanOptions(config=config))
     check(options.config, sized_only=True)
-    if options.json is not None and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
-        raise ValueError(f"expected the path of a file in an existing folder, got '{options.json}'; change --json.")
+    _expect_writable(options.json)
     if options.slices < 1:
         raise ValueError(f"expected at least 1 slice, got {options.slices}; change --slices.")
     from hptjax.plan.environment import expect_no_chips
@@ -269,6 +268,15 @@ def command_plan(arguments: list[str]) -> int:
     )
 
 
+def _expect_writable(path: pathlib.Path | None) -> None:
+    """Raises ValueError where the file of `--json` cannot be written; asked before the work is done."""
+    if path is None:
+        return
+    folder = path.resolve().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"expected the path of a file in an existing folder, got '{path}'; change --json.")
+
+
 def as_switch(arguments: list[str], option: str) -> list[str]:
     """The arguments with `true` after an option that stands without a value."""
     given = [*arguments, "--"]
@@ -285,8 +293,7 @@ def command_audit(arguments: list[str]) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
         description=AUDIT_HELP,
     )
-    if options.json is not None and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
-        raise ValueError(f"expected the path of a file in an existing folder, got '{options.json}'; change --json.")
+    _expect_writable(options.json)
     from hptjax.audit.kit import audit
     from hptjax.audit.report import print_report, to_json
     from hptjax.audit.targets import load

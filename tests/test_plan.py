@@ -157,6 +157,8 @@ def test_plan_fills_the_mesh_up():
 def test_plan_refuses_a_mesh_that_is_not_the_chips():
     with pytest.raises(ValueError, match=r"expected a mesh of 16 devices for v5e:4x4.* = 8; .*--mesh.fsdp 8"):
         mesh_for(Config(mesh=MeshConfig(fsdp=4, tensor=2)), parse_topology("v5e:4x4"))
+    with pytest.raises(ValueError, match=r"mesh.replica 2 and mesh.fsdp 16 alone would fit"):
+        mesh_for(Config(mesh=MeshConfig(fsdp=16)), parse_topology("2xv5e:4x4"))
     with pytest.raises(ValueError, match=r"mesh.replica to be a multiple of the 2 slices"):
         mesh_for(Config(mesh=MeshConfig(fsdp=32)), parse_topology("2xv5e:4x4"))
 

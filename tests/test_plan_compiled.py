@@ -19,7 +19,7 @@ import pytest
 from hptjax.build import policy
 from hptjax.build.stages import make_score
 from hptjax.cli import as_switch
-from hptjax.config import BatchConfig, Config, DataConfig, MeshConfig, ModelConfig, RolloutConfig
+from hptjax.config import BatchConfig, Config, DataConfig, MeshConfig, ModelConfig, RolloutConfig, RuleConfig
 from hptjax.config_batch import stage_list
 from hptjax.models import decoder
 from hptjax.models.shape import DecoderConfig
@@ -29,7 +29,7 @@ from hptjax.plan.compiled import compile_program, from_json, kept
 from hptjax.plan.environment import WITHOUT_CHIPS
 from hptjax.plan.estimate import roofline
 from hptjax.plan.operations import program_flops
-from hptjax.plan.plan import make_plan
+from hptjax.plan.plan import held_bytes, make_plan
 from hptjax.plan.programs import run_programs
 from hptjax.plan.report import print_plan, to_json
 from hptjax.plan.search import candidates, largest_multiple
@@ -187,16 +187,18 @@ def test_plan_that_does_not_fit_says_which_numbers_clash(plan):
             r"batch.rows to be a multiple of mesh.fsdp \(4\), got 6",
         ),
         (config_of(rollout=RolloutConfig(slots=10)), r"rollout.slots to be a multiple"),
-        (config_of(mesh=MeshConfig(tensor=8), model=ModelConfig(preset="qwen2.5-math-7b")), r"num_heads"),
+        (config_of(mesh=MeshConfig(tensor=8)), r"model.shape.num_heads: .* of size 4"),
+        (config_of(mesh=MeshConfig(data=2, tensor=4), rollout=RolloutConfig(slots=8)), r"vocab_size: .* of size 510"),
     ],
 )
 def test_plan_refuses_what_does_not_divide(eight_devices, config, words):
     with pytest.raises(ValueError, match=words):
-        make_plan(config, shape_of(2), EIGHT, eight_devices, cache=None)
+        make_plan(config, dataclasses.replace(shape_of(2), vocab_size=510), EIGHT, eight_devices, cache=None)
 
 
 def test_plan_is_kept_between_calls(plan, tmp_path):
     compiled = plan.programs["train step"].compiled
+    (tmp_path / "cache").mkdir()
     made = []
 
     def make():
@@ -206,6 +208,10 @@ def test_plan_is_kept_between_calls(plan, tmp_path):
     assert kept(tmp_path / "cache", "key", make) == compiled
     assert kept(tmp_path / "cache", "key", make) == compiled
     assert len(made) == 1
+    (tmp_path / "cache" / "key.json").write_text("{cut sh")
+    assert kept(tmp_path / "cache", "key", make) == compiled
+    assert kept(tmp_path / "cache", "key", make) == compiled
+    assert len(made) == 2
     assert from_json(json.loads(json.dumps(dataclasses.asdict(compiled)))) == compiled
 
 
@@ -244,7 +250,39 @@ def test_plan_search_ranks_what_may_fit():
         assert candidate.bytes < 15.75 * 2**30
         capacity = candidate.config.batch.rows * candidate.config.batch.max_micro_batches
         assert capacity >= 16 * 32  # an update still holds its samples
-    assert not candidates(config, PRESETS["qwen2.5-math-7b"], Slices(CHIPS["v5e"], "2x2"), ("full",))
+    with pytest.raises(
+        ValueError, match=r"v5e:2x2 .* in 14.96 GiB per chip, got \d+.\d+ GiB .* batch.rows \d+ and remat"
+    ):
+        candidates(config, PRESETS["qwen2.5-math-7b"], Slices(CHIPS["v5e"], "2x2"), ("full",))
+    uneven = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, slots=7))
+    with pytest.raises(ValueError, match=r"28 heads, 4 kv heads, .* rollout.slots 7 .* multiples of 8"):
+        candidates(uneven, PRESETS["qwen2.5-math-7b"], Slices(CHIPS["v5e"], "2x2", 2), ("full",))
+
+
+def test_plan_counts_moments_in_host_memory_apart(eight_devices):
+    config = config_of()
+    host = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, host_memory=True))
+    mesh, stage = mesh_on(config, eight_devices), stage_list(config)[-1]
+    ours, theirs = (held_bytes(run_programs(one, stage, shape_of(1), mesh)) for one in (host, config))
+    assert ours["optimizer"] < 0.01 * theirs["optimizer"]
+    assert ours["on the host: optimizer"] == pytest.approx(theirs["optimizer"], rel=0.01)
+    assert theirs["on the host: optimizer"] == 0
+    assert ours["counters and checks"] == theirs["counters and checks"]
+
+
+def test_plan_looks_for_rows_that_the_table_divides(plan, monkeypatch):
+    """Rows are cut by `mesh.axes`, not by the axes that usually cut them."""
+    config = config_of(mesh=dataclasses.replace(MESH, axes=(RuleConfig("batch", ("data", "tensor")),)))
+    asked = command.Asked(shape_of(1), EIGHT, [], None, lambda line: None)
+    monkeypatch.setattr(command, "largest_multiple", lambda peak, *, unit, **rest: unit)
+    assert command.largest_rows(asked, config, plan) == 2
+
+
+def test_plan_refuses_a_folder_of_results_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="change --cache"):
+        command.made_folder(tmp_path / "file")
+    assert command.made_folder(tmp_path / "new" / "folder").is_dir()
 
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None

@@ -10,6 +10,7 @@ import jax
 from hptjax.config import Config, RuleConfig
 from hptjax.config_batch import mesh_devices, mesh_sizes, mesh_words
 from hptjax.models.presets import PRESETS
+from hptjax.models.shape import DecoderConfig
 from hptjax.sharding.mesh import make_mesh
 from hptjax.sharding.rules import Rules, axes_that_divide, make_rules, parts
 
@@ -101,20 +102,27 @@ def check_mesh(config: Config, shape: DecoderConfig | None = None) -> None:
                 f"expected {name} to be a multiple of {' x '.join(cut)}, got {size}; change {name} (to {near}) or "
                 f"{' or '.join(axis.split()[0] for axis in cut)}."
             )
-    if config.model.path is not None:
+    model = config.model
+    if shape is None and model.preset is not None and model.path is None:
+        shape = PRESETS[model.preset]
+    if shape is None and model.path is not None:
         return  # the folder's own sizes are checked when they are known
-    shape = config.model.shape if config.model.preset is None else PRESETS[config.model.preset]
+    known = model.shape if shape is None else shape
+    cut_sizes = [
+        ("num_heads", known.num_heads, "heads"),
+        ("num_kv_heads", known.num_kv_heads, "kv_heads"),
+        ("mlp_size", known.mlp_size, "mlp"),
+        ("hidden_size", known.hidden_size, "embed"),
+    ]
+    if shape is not None:
+        cut_sizes.append(("vocab_size", shape.vocab_size, "vocab"))
+    owner = "model.path" if model.path is not None else "model.shape" if model.preset is None else "model.preset"
     for rules in (training, rollout):
-        for name, size, logical in (
-            ("num_heads", shape.num_heads, "heads"),
-            ("num_kv_heads", shape.num_kv_heads, "kv_heads"),
-            ("mlp_size", shape.mlp_size, "mlp"),
-            ("hidden_size", shape.hidden_size, "embed"),
-        ):
+        for name, size, logical in cut_sizes:
             try:
                 axes_that_divide(logical, size, rules[logical], sizes)
             except ValueError as clash:
-                raise ValueError(f"model.shape.{name}: {clash}.") from None
+                raise ValueError(f"{owner}.{name}: {clash}.") from None
 
 
 def _nearest_multiples(size: int, factor: int) -> str:

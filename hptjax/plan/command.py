@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 
+from hptjax.build.mesh import check_mesh, training_rules
 from hptjax.config import Config
 from hptjax.config_batch import mesh_sizes
 from hptjax.models.shape import DecoderConfig
@@ -21,6 +23,7 @@ from hptjax.plan.report import print_plan, print_ranking, to_json
 from hptjax.plan.search import candidates, largest_multiple
 from hptjax.plan.topology import compile_only_devices, mesh_for
 from hptjax.rundir import compile_cache_folder
+from hptjax.sharding.rules import parts
 
 COMPILED_CANDIDATES = 4  # of a search
 TOKENS_OF_A_MICRO_BATCH = 2**24 - 1  # the train step refuses more, see `train.accumulate`
@@ -66,10 +69,11 @@ def plan_command(
     wanted = [dataclasses.replace(one, count=slices) if one.count == 1 else one for one in wanted]
     configs = [config if search else mesh_for(config, one) for one in wanted]
     shape = decoder_shape(config)
-    folder = cache or compile_cache_folder() / "plan"
+    for its_config in () if search else configs:
+        check_mesh(its_config, shape)
+    folder = made_folder(cache or compile_cache_folder() / "plan")
     plans: list[Plan] = []
-    for one, its_config in zip(wanted, configs, strict=True):
-        devices = compile_only_devices(one)
+    for one, its_config, devices in zip(wanted, configs, [compile_only_devices(one) for one in wanted], strict=True):
         with progress() as say:
             asked = Asked(shape, one, devices, folder, say)
             plan = best_plan(asked, its_config) if search else asked.plan(its_config)
@@ -77,9 +81,21 @@ def plan_command(
                 plan = dataclasses.replace(plan, largest_rows=largest_rows(asked, its_config, plan))
         plans.append(plan)
         print_plan(plan, sys.stdout)
-    if json_path is not None:
-        json_path.write_text(to_json(plans), encoding="utf-8")
+        if json_path is not None:
+            json_path.write_text(to_json(plans), encoding="utf-8")
     return 1 if any(plan.too_large() for plan in plans) else 0
+
+
+def made_folder(folder: pathlib.Path) -> pathlib.Path:
+    """The folder of earlier results, made where it was not. Raises one that cannot be written -> ValueError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"expected a folder for earlier results that can be written, got {error}; change --cache."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -95,7 +111,6 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 def largest_rows(asked: Asked, config: Config, plan: Plan) -> int:
     """The largest `batch.rows` with which the train step fits; 0 where it never does."""
-    sizes = mesh_sizes(config)
 
     def peak(rows: int) -> float:
         if rows == plan.rows:
@@ -109,7 +124,7 @@ def largest_rows(asked: Asked, config: Config, plan: Plan) -> int:
     return largest_multiple(
         peak,
         fixed=plan.programs["train step"].compiled.argument_bytes,
-        unit=sizes["replica"] * sizes["data"] * sizes["fsdp"],
+        unit=parts(mesh_sizes(config), "batch", training_rules(config)),
         start=plan.rows,
         room=float(plan.usable_bytes),
         most=TOKENS_OF_A_MICRO_BATCH // config.batch.row_tokens,
@@ -127,12 +142,6 @@ def best_plan(asked: Asked, config: Config) -> Plan:
     Raises no candidate that may fit -> ValueError that says what the smallest would need.
     """
     found = candidates(config, asked.shape, asked.slices, REMATS)
-    if not found:
-        raise ValueError(
-            f"expected a mesh of {asked.slices.name} on which {asked.shape.num_layers} layers of "
-            f"{asked.shape.hidden_size} fit and batch.rows, rollout.slots and rollout.prefill_rows divide, got none; "
-            "change --topology, or make them multiples of its chips"
-        )
     ranked: list[tuple[float, Plan, Config]] = []
     for candidate in found[:COMPILED_CANDIDATES]:
         asked.say(f"candidate: {candidate.config.mesh}")

@@ -159,9 +159,11 @@ def kept(folder: pathlib.Path | None, key: str, make: Callable[[], Compiled]) ->
         return make()
     path = folder / f"{key}.json"
     if path.is_file():
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, LookupError, AttributeError):
+            pass  # cut short or changed by someone: made again, and replaced
     made = make()
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False, encoding="utf-8") as file:
         json.dump(dataclasses.asdict(made), file)
     os.replace(file.name, path)  # whole or not at all, whoever else plans
@@ -189,4 +191,9 @@ def _software() -> list[str]:
     for path in sorted(PACKAGE.rglob("*.py")):
         sources.update(path.read_bytes())
     packages = environment()["packages"]
-    return [sources.hexdigest(), *(f"{name} {packages.get(name)}" for name in ("jax", "jaxlib", "libtpu", "optax"))]
+    flags = [f"{name}={os.environ.get(name)}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    return [
+        sources.hexdigest(),
+        *flags,
+        *(f"{name} {packages.get(name)}" for name in ("jax", "jaxlib", "libtpu", "optax")),
+    ]

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from hptjax.models.shape import DecoderConfig
+from hptjax.train.optimizer import HOST_MEMORY
 
 BACKWARD = 2  # of every product, one for each factor's gradient
 FLASH_BACKWARD = 2.5  # of attention that keeps no scores: five products where the forward pass has two
@@ -86,9 +87,19 @@ def entries(shapes: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def bytes_per_device(tree: Any) -> float:
-    """Of a tree of `jax.ShapeDtypeStruct`s with shardings: the largest share that any device holds."""
-    return float(sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree)))
+def bytes_per_device(tree: Any, *, on_host: bool = False) -> float:
+    """Of a tree of `jax.ShapeDtypeStruct`s with shardings: the largest share of any device, in its own memory.
+
+    Args
+      on_host: what lies in the host's memory for it instead.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if _on_host(leaf) == on_host]
+    return float(sum(_leaf_bytes(leaf) for leaf in leaves))
+
+
+def _on_host(leaf: Any) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding is not None and sharding.memory_kind == HOST_MEMORY
 
 
 def _leaf_bytes(leaf: Any) -> int:

@@ -101,7 +101,7 @@ def make_plan(
 
     Raises what does not divide over the mesh -> ValueError.
     """
-    check_mesh(config)
+    check_mesh(config, shape)
     stage = stage_list(config)[-1]
     mesh = mesh_on(config, devices)
     programs = run_programs(config, stage, shape, mesh)
@@ -144,7 +144,7 @@ def make_plan(
 
 
 def held_bytes(programs: RunPrograms) -> dict[str, float]:
-    """Bytes per device of what a run holds between its programs, from the shardings."""
+    """Bytes per device of what a run holds between its programs, from the shardings; the last line in the host."""
     chain = programs.state.chains["policy"]
     parameters = bytes_per_device(programs.state.params)
     known = {
@@ -158,6 +158,7 @@ def held_bytes(programs: RunPrograms) -> dict[str, float]:
         "micro-batch": bytes_per_device(programs.micro_batch),
         "weights of rollouts": bytes_per_device(programs.decode_params) if programs.copies_weights else 0.0,
         "KV cache": bytes_per_device(programs.cache),
+        "on the host: optimizer": bytes_per_device(chain.optimizer, on_host=True),
     }
 
 

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from hptjax.build.attention import training_implementation
 from hptjax.build.mesh import check_mesh
 from hptjax.config import Config, MeshConfig
-from hptjax.config_batch import mesh_sizes
+from hptjax.config_batch import mesh_sizes, mesh_words, samples_per_update, stage_list
 from hptjax.models.shape import DecoderConfig
-from hptjax.plan.chips import Slices
+from hptjax.plan.chips import GIB, Slices
 from hptjax.plan.count import layer_weights
 from hptjax.plan.operations import program_flops
 from hptjax.plan.topology import with_mesh
@@ -37,18 +38,41 @@ class Candidate:
 
 
 def candidates(config: Config, shape: DecoderConfig, slices: Slices, remats: Sequence[Any]) -> list[Candidate]:
-    """All that divide and may fit, the most promising first."""
+    """All that divide and may fit, the most promising first.
+
+    Raises none -> ValueError: nothing divides, or how much the smallest would need.
+    """
+    all_that_divide = dividing(config, shape, slices, remats)
+    room = HEADROOM * slices.chip.usable_bytes
+    found = [candidate for candidate in all_that_divide if candidate.bytes <= room]
+    if found:
+        return sorted(found, key=lambda candidate: (-candidate.tokens_per_s, candidate.bytes))
+    if not all_that_divide:
+        raise ValueError(
+            f"expected a mesh of {slices.name} over which {shape.num_heads} heads, {shape.num_kv_heads} kv heads, "
+            f"hidden_size {shape.hidden_size}, rollout.slots {config.rollout.slots} and rollout.prefill_rows "
+            f"{config.rollout.prefill_rows} divide, with batch.rows of at most the samples of an update, got none; "
+            f"change --topology, or make rollout.slots and rollout.prefill_rows multiples of {slices.chips}"
+        )
+    least = min(all_that_divide, key=lambda candidate: candidate.bytes)
+    raise ValueError(
+        f"expected a mesh of {slices.name} on which a train step fits in {room / GIB:.2f} GiB per chip, got "
+        f"{least.bytes / GIB:.2f} GiB (estimated) at least, with {mesh_words(least.config)}, batch.rows "
+        f"{least.config.batch.rows} and remat {least.config.model.remat}; change --topology to more or larger chips"
+    )
+
+
+def dividing(config: Config, shape: DecoderConfig, slices: Slices, remats: Sequence[Any]) -> list[Candidate]:
+    """All that divide, whether they may fit or not."""
     found = []
     for mesh in meshes(slices):
         parts = mesh.replica * mesh.data * mesh.fsdp
         for per_part in (1, 2, 4, 8, 16):
             for remat in remats:
                 changed = with_choice(config, mesh, per_part * parts, remat)
-                if divides(changed):
-                    candidate = judged(changed, shape, slices)
-                    if candidate.bytes <= HEADROOM * slices.chip.usable_bytes:
-                        found.append(candidate)
-    return sorted(found, key=lambda candidate: (-candidate.tokens_per_s, candidate.bytes))
+                if divides(changed, shape):
+                    found.append(judged(changed, shape, slices))
+    return found
 
 
 def meshes(slices: Slices) -> Iterator[MeshConfig]:
@@ -71,14 +95,16 @@ def with_choice(config: Config, mesh: MeshConfig, rows: int, remat: Any) -> Conf
     return with_mesh(dataclasses.replace(config, batch=batch, model=model), mesh)
 
 
-def divides(config: Config) -> bool:
+def divides(config: Config, shape: DecoderConfig) -> bool:
     """Whether everything that is cut over the mesh divides, and an update has the rows that a micro-batch wants."""
     try:
-        check_mesh(config)
+        check_mesh(config, shape)
+        training_implementation(config, shape, config.mesh.sequence, "tpu")
     except ValueError:
         return False
-    samples = config.data.questions_per_step * config.rollout.group_size
-    return config.batch.rows <= max(samples // config.train.updates_per_rollout_batch, 1)
+    stage = stage_list(config)[-1]
+    questions = stage.questions_per_step or config.data.questions_per_step
+    return config.batch.rows <= max(samples_per_update(config, method=stage.method, questions=questions), 1)
 
 
 def judged(config: Config, shape: DecoderConfig, slices: Slices) -> Candidate:

@@ -67,7 +67,9 @@ def mesh_for(config: Config, slices: Slices) -> Config:
         return with_mesh(config, sizes)
     if mesh_devices(config) != slices.chips:
         others *= config.mesh.replica
-        fits = f"--mesh.fsdp {slices.chips // others}" if slices.chips % others == 0 else "mesh.fsdp alone"
+        fits = f"--mesh.fsdp {slices.chips // others}"
+        if slices.chips % others or config.mesh.replica % slices.count:
+            fits = f"mesh.replica {slices.count} and mesh.fsdp {slices.chips_per_slice} alone"
         raise ValueError(
             f"expected a mesh of {slices.chips} devices for {slices.name}, got {mesh_words(config)} = "
             f"{mesh_devices(config)}; change it ({fits} would fit), or leave out mesh.replica and mesh.fsdp: "
