@@ -32,7 +32,7 @@ from hptjax.plan.operations import program_flops
 from hptjax.plan.plan import held_bytes, make_plan
 from hptjax.plan.programs import run_programs
 from hptjax.plan.report import print_plan, to_json
-from hptjax.plan.search import candidates, largest_multiple
+from hptjax.plan.search import Candidate, candidates, judged, largest_multiple, with_choice
 from hptjax.plan.topology import compile_only_devices, mesh_for, mesh_on
 
 MIB = 2**20
@@ -283,6 +283,42 @@ def test_plan_refuses_a_folder_of_results_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="change --cache"):
         command.made_folder(tmp_path / "file")
     assert command.made_folder(tmp_path / "new" / "folder").is_dir()
+
+
+def test_plan_search_goes_on_where_the_compiler_refuses(monkeypatch, capsys):
+    """The first is too large; the third needs as much and is left out; the fourth keeps less and is compiled."""
+    bytes_of = {"one": 9.0, "two": 8.0, "three": 9.5, "four": 9.5}
+    remats: dict[str, Any] = {"one": "none", "two": "none", "three": "none", "four": "full"}
+    config = config_of()
+    found = [
+        Candidate(
+            dataclasses.replace(config, name=name, model=dataclasses.replace(config.model, remat=remats[name])),
+            size,
+            1.0,
+        )
+        for name, size in bytes_of.items()
+    ]
+    looks = []
+
+    def plan(self, config, only=None):
+        looks.append(config.name)
+        large = ["train step"] if config.name == "one" else []
+        step = SimpleNamespace(time=SimpleNamespace(seconds={"two": 2.0}.get(config.name, 1.0)))
+        return SimpleNamespace(programs={"train step": step}, too_large=lambda: large, rows=8, row_tokens=16)
+
+    monkeypatch.setattr(command, "candidates", lambda *given: found)
+    monkeypatch.setattr(command, "print_ranking", lambda ranked, considered, file: None)
+    monkeypatch.setattr(command.Asked, "plan", plan)
+    command.best_plan.__wrapped__(command.Asked(shape_of(1), EIGHT, [], None, lambda line: None), config)
+    assert looks == ["one", "two", "four", "four"]
+
+
+def test_plan_search_counts_the_network_between_slices():
+    """Over several slices a micro-batch of few rows waits for the gradients' way through the network."""
+    slices = Slices(CHIPS["v5e"], "2x4", 2)
+    small, large = (with_choice(config_of(), MeshConfig(replica=2, fsdp=8), rows, "full") for rows in (16, 64))
+    speeds = [judged(config, shape_of(2), slices).tokens_per_s for config in (small, large)]
+    assert speeds[1] > 3 * speeds[0]
 
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None

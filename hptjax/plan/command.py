@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from hptjax.build.mesh import check_mesh, training_rules
 from hptjax.config import Config
-from hptjax.config_batch import mesh_sizes
+from hptjax.config_batch import mesh_sizes, mesh_words
 from hptjax.models.shape import DecoderConfig
 from hptjax.plan.chips import Slices, parse_topology
 from hptjax.plan.model import decoder_shape
@@ -26,6 +27,7 @@ from hptjax.rundir import compile_cache_folder
 from hptjax.sharding.rules import parts
 
 COMPILED_CANDIDATES = 4  # of a search
+MOST_COMPILED = 8  # where none of those fits
 TOKENS_OF_A_MICRO_BATCH = 2**24 - 1  # the train step refuses more, see `train.accumulate`
 REMATS = ("full", "attention", "dots_no_batch", "none")  # that a search tries
 
@@ -143,13 +145,21 @@ def best_plan(asked: Asked, config: Config) -> Plan:
     """
     found = candidates(config, asked.shape, asked.slices, REMATS)
     ranked: list[tuple[float, Plan, Config]] = []
-    for candidate in found[:COMPILED_CANDIDATES]:
-        asked.say(f"candidate: {candidate.config.mesh}")
-        plan = asked.plan(candidate.config, only=("train step",))
-        train = plan.programs["train step"]
-        seconds = train.time.seconds or float("inf")
-        speed = 0.0 if plan.too_large() else plan.rows * plan.row_tokens / seconds
-        ranked.append((speed, plan, candidate.config))
+    refused: dict[
+        str, float
+    ] = {}  # remat -> the analytic model's bytes of the smallest that the compiler found too large
+    for candidate in found:
+        enough = COMPILED_CANDIDATES if any(speed for speed, _, _ in ranked) else MOST_COMPILED
+        chosen = candidate.config
+        if len(ranked) >= enough or candidate.bytes >= refused.get(chosen.model.remat, math.inf):
+            continue
+        words = f"{mesh_words(chosen)}, batch.rows {chosen.batch.rows}, remat {chosen.model.remat}"
+        asked.say(f"candidate {len(ranked) + 1}: {words}")
+        plan = asked.plan(chosen, only=("train step",))
+        seconds = plan.programs["train step"].time.seconds or math.inf
+        if plan.too_large():
+            refused[chosen.model.remat] = candidate.bytes
+        ranked.append((0.0 if plan.too_large() else plan.rows * plan.row_tokens / seconds, plan, chosen))
     ranked.sort(key=lambda entry: -entry[0])
     print_ranking([(speed, plan) for speed, plan, _ in ranked], len(found), sys.stdout)
     return asked.plan(ranked[0][2])

@@ -111,15 +111,13 @@ def make_plan(
     for name, lower in programs.lower.items():
         if only is not None and name not in only:
             continue
-        say(f"{slices.name} {name}")
-        key = key_of(config, slices.name + devices[0].device_kind, name, shape)
-        compiled = kept(
-            cache,
-            key,
-            lambda lower=lower, name=name: compile_program(
-                lower, slice_of=slice_of, turns=program_turns(config, name), has_update=name == "train step"
-            ),
-        )
+
+        def make(name: str = name, lower: Any = lower) -> Compiled:
+            say(f"{slices.name} {name}")
+            turns = program_turns(config, name)
+            return compile_program(lower, slice_of=slice_of, turns=turns, has_update=name == "train step")
+
+        compiled = kept(cache, key_of(config, slices.name + devices[0].device_kind, name, shape), make)
         flops = program_flops(config, shape, name, platform=devices[0].platform).total / len(devices)
         planned[name] = ProgramPlan(
             compiled=compiled,

@@ -125,7 +125,8 @@ def judged(config: Config, shape: DecoderConfig, slices: Slices) -> Candidate:
     copies = sizes["data"]
     if copies > 1:
         sent += 2 * (copies - 1) / copies * GRADIENT_BYTES * weights / (gathered * sizes["tensor"])
-    seconds = max(flops / chip.flops, sent / chip.ring_bandwidth)
+    between = 2 * (slices.count - 1) / slices.count * GRADIENT_BYTES * weights / (gathered * sizes["tensor"])
+    seconds = max(flops / chip.flops, sent / chip.ring_bandwidth, between / chip.dcn_bandwidth)
     return Candidate(config, held + activations, batch.rows * batch.row_tokens / seconds / slices.chips)
 
 
