@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 
@@ -257,6 +258,29 @@ def test_mesh_refuses_what_the_machine_lacks(eight_devices):
     there = [types.SimpleNamespace(process_index=index // 4) for index in range(8)]
     with pytest.raises(ValueError, match="must use them all"):
         make_mesh(2, 2, devices=there)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What jax asks of a TPU's chip to lay a mesh on its torus."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_mesh_axes_may_share_an_axis_of_the_torus(slices):
+    """8 x 2 on a 4 x 4 torus: neither size is a product of whole sides."""
+    chips = [Chip(16 * s + 4 * y + x, (x, y, 0), s) for s in range(slices) for y in range(4) for x in range(4)]
+    mesh = make_mesh(fsdp=2, tensor=8, replica=slices, devices=chips)
+    assert mesh.devices.shape == (slices, 1, 2, 1, 8)
+    for s in range(slices):
+        assert {chip.slice_index for chip in mesh.devices[s].flat} == {s}
 
 
 def test_agree_is_the_identity_on_one_process():

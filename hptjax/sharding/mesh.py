@@ -68,7 +68,8 @@ def make_mesh(
     used, kinds = available[:wanted], (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", None) or 0 for device in used})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=used)
+        grid = mesh_utils.create_device_mesh(list(sizes.values()), used, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=kinds)
     if replica % slices:
         raise ValueError(
             f"expected mesh.replica to be a multiple of the {slices} slices that the devices lie on, got {replica}: "
@@ -76,7 +77,9 @@ def make_mesh(
         )
     inside = {**sizes, REPLICA: replica // slices}
     outside = [slices if axis == REPLICA else 1 for axis in AXES]
-    grid = mesh_utils.create_hybrid_device_mesh(list(inside.values()), outside, devices=used)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        list(inside.values()), outside, devices=used, allow_split_physical_axes=True
+    )
     return Mesh(grid, AXES, axis_types=kinds)
 
 
