@@ -216,7 +216,8 @@ def test_plan_is_kept_between_calls(plan, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fixed", "per_row", "answer"), [(10.0, 1.0, 88), (0.0, 12.5, 8), (99.0, 1.0, 0), (1.0, 0.001, 96)]
+    ("fixed", "per_row", "answer"),
+    [(10.0, 1.0, (88, 96)), (0.0, 12.5, (8, 16)), (99.0, 1.0, (0, 8)), (1.0, 0.001, (96, None))],
 )
 def test_plan_largest_batch_by_few_looks(fixed, per_row, answer):
     looks = []
@@ -228,6 +229,18 @@ def test_plan_largest_batch_by_few_looks(fixed, per_row, answer):
     assert largest_multiple(peak, fixed=fixed / 2, unit=8, start=16, room=100.0, most=100) == answer
     assert len(looks) <= 4
     assert all(rows % 8 == 0 for rows in looks)
+
+
+def test_plan_largest_batch_says_where_it_stopped_looking():
+    """A step in the memory that the line does not foresee: halfway, and what was not looked at is not claimed."""
+    looks = []
+
+    def peak(rows: int) -> float:
+        looks.append(rows)
+        return rows / 4 if rows < 48 else 200.0
+
+    assert largest_multiple(peak, fixed=0.0, unit=8, start=16, room=100.0, most=400) == (16, 112)
+    assert looks == [16, 400, 208, 112]
 
 
 def test_plan_search_ranks_what_may_fit():
@@ -274,8 +287,8 @@ def test_plan_looks_for_rows_that_the_table_divides(plan, monkeypatch):
     """Rows are cut by `mesh.axes`, not by the axes that usually cut them."""
     config = config_of(mesh=dataclasses.replace(MESH, axes=(RuleConfig("batch", ("data", "tensor")),)))
     asked = command.Asked(shape_of(1), EIGHT, [], None, lambda line: None)
-    monkeypatch.setattr(command, "largest_multiple", lambda peak, *, unit, **rest: unit)
-    assert command.largest_rows(asked, config, plan) == 2
+    monkeypatch.setattr(command, "largest_multiple", lambda peak, *, unit, **rest: (unit, None))
+    assert command.largest_rows(asked, config, plan) == (2, None)
 
 
 def test_plan_refuses_a_folder_of_results_that_cannot_be_written(tmp_path):
@@ -396,6 +409,6 @@ def test_plan_finds_the_largest_batch_by_compiling(eight_devices):
     roomy = command.train_peak(plan)
     tight = dataclasses.replace(EIGHT, chip=dataclasses.replace(EIGHT.chip, usable_bytes=int(1.5 * roomy)))
     asked = dataclasses.replace(asked, slices=tight)
-    rows = command.largest_rows(asked, config, dataclasses.replace(plan, topology=tight))
+    rows, _ = command.largest_rows(asked, config, dataclasses.replace(plan, topology=tight))
     assert rows >= config.batch.rows
     assert rows % 4 == 0

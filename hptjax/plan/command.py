@@ -80,7 +80,8 @@ def plan_command(
             asked = Asked(shape, one, devices, folder, say)
             plan = best_plan(asked, its_config) if search else asked.plan(its_config)
             if largest and not search:
-                plan = dataclasses.replace(plan, largest_rows=largest_rows(asked, its_config, plan))
+                most, too_many = largest_rows(asked, its_config, plan)
+                plan = dataclasses.replace(plan, largest_rows=most, too_many_rows=too_many)
         plans.append(plan)
         print_plan(plan, sys.stdout)
         if json_path is not None:
@@ -111,8 +112,8 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda line: status.update(f"compiling {line}")
 
 
-def largest_rows(asked: Asked, config: Config, plan: Plan) -> int:
-    """The largest `batch.rows` with which the train step fits; 0 where it never does."""
+def largest_rows(asked: Asked, config: Config, plan: Plan) -> tuple[int, int | None]:
+    """The largest `batch.rows` with which the train step was found to fit (0: none), and the smallest found not to."""
 
     def peak(rows: int) -> float:
         if rows == plan.rows:

@@ -55,7 +55,8 @@ class Plan:
     Args
       rows: batch.rows. held: what is held, in bytes per device, by name. programs: by name.
       step: of the whole run, estimated; None where a program does not fit.
-      largest_rows: the most batch.rows with which the train step fits, or None where it was not looked for.
+      largest_rows: the most batch.rows with which the train step was found to fit, or None where it was not looked for.
+      too_many_rows: the fewest with which it was found not to.
     """
 
     topology: Slices
@@ -68,6 +69,7 @@ class Plan:
     programs: dict[str, ProgramPlan]
     step: StepTime | None
     largest_rows: int | None = None
+    too_many_rows: int | None = None
 
     @property
     def usable_bytes(self) -> int:

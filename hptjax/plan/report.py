@@ -176,7 +176,8 @@ def step_lines(plan: Plan) -> list[str]:
 
 def verdict_lines(plan: Plan) -> list[str]:
     """Whether it fits, and what would where it does not."""
-    lines = [f"Largest batch.rows that fits: {plan.largest_rows}"] if plan.largest_rows is not None else []
+    beyond = "" if plan.too_many_rows is None else f"; {plan.too_many_rows} does not"
+    lines = [f"Largest batch.rows found to fit: {plan.largest_rows}{beyond}"] if plan.largest_rows is not None else []
     large = plan.too_large()
     if not large:
         return [*lines, f"FITS in {plan.usable_bytes / GIB:.2f} GiB per device."]
@@ -261,6 +262,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "fits": not plan.too_large(),
         "too_large": plan.too_large(),
         "largest_rows": plan.largest_rows,
+        "too_many_rows": plan.too_many_rows,
         "held_bytes": plan.held,
         "programs": programs,
         "step_estimated": step,

@@ -122,40 +122,48 @@ def judged(config: Config, shape: DecoderConfig, slices: Slices) -> Candidate:
     sent = share * weights / sizes["tensor"] * (2 * COMPUTE_BYTES + GRADIENT_BYTES)
     if sizes["tensor"] > 1:
         sent += 6 * shape.num_layers * tokens * shape.hidden_size * COMPUTE_BYTES * 2
+    if sizes["sequence"] > 1:  # keys and values of whole rows: forward, again, and their gradients back
+        kv_heads = max(1, shape.num_kv_heads // sizes["tensor"])
+        whole_rows = tokens * sizes["sequence"]
+        sent += 6 * shape.num_layers * whole_rows * kv_heads * shape.head_dim * COMPUTE_BYTES
     copies = sizes["data"]
     if copies > 1:
         sent += 2 * (copies - 1) / copies * GRADIENT_BYTES * weights / (gathered * sizes["tensor"])
     between = 2 * (slices.count - 1) / slices.count * GRADIENT_BYTES * weights / (gathered * sizes["tensor"])
-    seconds = max(flops / chip.flops, sent / chip.ring_bandwidth, between / chip.dcn_bandwidth)
+    # added up, as if nothing overlapped: of two that compute as long, the one that sends less per token is better
+    seconds = flops / chip.flops + sent / chip.ring_bandwidth + between / chip.dcn_bandwidth
     return Candidate(config, held + activations, batch.rows * batch.row_tokens / seconds / slices.chips)
 
 
 def largest_multiple(
     peak: Callable[[int], float], *, fixed: float, unit: int, start: int, room: float, most: int, tries: int = 4
-) -> int:
-    """The largest multiple of `unit` up to `most` whose peak fits, found with few looks; 0 where not even one does.
+) -> tuple[int, int | None]:
+    """The largest multiple of `unit` up to `most` found to fit (0: none), and the smallest found not to, if any was.
 
     Args
-      peak: bytes at so many rows; called at most `tries` times. fixed: of them, those that are held whatever the rows.
-      start: where to begin. room: bytes there are.
+      peak: bytes at so many rows; called at most `tries` times, so that between the two some may be left unknown.
+      fixed: of them, those that are held whatever the rows. start: where to begin. room: bytes there are.
 
     Peaks grow with the rows, nearly in a line: after a look that fits, the line says where to look next.
     """
     fits: dict[int, float] = {}
-    too_many = most // unit * unit + unit
+    refused: int | None = None
+    end = most // unit * unit + unit
     ask = max(unit, start // unit * unit)
     for _ in range(tries):
         size = peak(ask)
         if size <= room:
             fits[ask] = size
         else:
-            too_many = min(too_many, ask)
+            refused = ask if refused is None else min(refused, ask)
         best = max(fits, default=0)
-        if best + unit >= too_many:
+        if best + unit >= min(refused or end, end):
             break
-        ask = _next({0: fixed, **fits}, unit, room)
-        ask = min(max(ask, best + unit), too_many - unit)
-    return max(fits, default=0)
+        ask = max(_next({0: fixed, **fits}, unit, room), best + unit)
+        if refused is not None and ask >= refused:  # the line is not straight: halfway
+            ask = best + max((refused - best) // unit // 2, 1) * unit
+        ask = min(ask, end - unit)
+    return max(fits, default=0), refused
 
 
 def _next(fits: dict[int, float], unit: int, room: float) -> int:
