@@ -26,8 +26,8 @@ from hptjax.plan.topology import compile_only_devices, mesh_for
 from hptjax.rundir import compile_cache_folder
 from hptjax.sharding.rules import parts
 
-COMPILED_CANDIDATES = 4  # of a search
-MOST_COMPILED = 8  # where none of those fits
+COMPILED_CANDIDATES = 4  # of a search, that fit
+MOST_COMPILED = 8  # with those that do not
 TOKENS_OF_A_MICRO_BATCH = 2**24 - 1  # the train step refuses more, see `train.accumulate`
 REMATS = ("full", "attention", "dots_no_batch", "none")  # that a search tries
 
@@ -150,9 +150,10 @@ def best_plan(asked: Asked, config: Config) -> Plan:
         str, float
     ] = {}  # remat -> the analytic model's bytes of the smallest that the compiler found too large
     for candidate in found:
-        enough = COMPILED_CANDIDATES if any(speed for speed, _, _ in ranked) else MOST_COMPILED
         chosen = candidate.config
-        if len(ranked) >= enough or candidate.bytes >= refused.get(chosen.model.remat, math.inf):
+        if sum(speed > 0 for speed, _, _ in ranked) >= COMPILED_CANDIDATES or len(ranked) >= MOST_COMPILED:
+            break
+        if candidate.bytes >= refused.get(chosen.model.remat, math.inf):
             continue
         words = f"{mesh_words(chosen)}, batch.rows {chosen.batch.rows}, remat {chosen.model.remat}"
         asked.say(f"candidate {len(ranked) + 1}: {words}")

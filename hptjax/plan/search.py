@@ -115,6 +115,10 @@ def judged(config: Config, shape: DecoderConfig, slices: Slices) -> Candidate:
     tokens = batch.rows * batch.row_tokens / (sizes["replica"] * sizes["data"] * sizes["fsdp"] * sizes["sequence"])
     kept = KEPT_PER_TOKEN[config.model.remat]
     activations = tokens * shape.num_layers * shape.hidden_size * COMPUTE_BYTES * kept
+    # of one layer at work, forward and backward, and of the loss: two arrays of a chunk's logits
+    working = tokens * (6 * shape.mlp_size + 8 * shape.hidden_size) * COMPUTE_BYTES / sizes["tensor"]
+    chunk = min(config.model.logprob_chunk_tokens * tokens / (batch.rows * batch.row_tokens), tokens)
+    activations += working + 2 * GRADIENT_BYTES * chunk * shape.vocab_size / sizes["tensor"]
     held = (STATE_BYTES + GRADIENT_BYTES) * weights / (gathered * sizes["tensor"])
     held += 2 * COMPUTE_BYTES * layer_weights(shape) / shape.num_layers / sizes["tensor"]  # the layers being gathered
     flops = program_flops(config, shape, "train step").total / slices.chips
