@@ -244,6 +244,8 @@ def test_multihost_checkpoint_that_one_process_cannot_write_ends_both(tmp_path):
 
 # Without a second process
 
+TASK = dict.fromkeys(distributed.SLURM_FIELDS, "1") | {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "gpu[01-04,7]"}
+
 
 @pytest.mark.parametrize(
     ("fields", "environment", "words"),
@@ -255,6 +257,9 @@ def test_multihost_checkpoint_that_one_process_cannot_write_ends_both(tmp_path):
         (("auto", "host:1", None, None), {}, ["distributed.coordinator only with distributed.mode = 'explicit'"]),
         (("none", None, 2, 0), {}, ["distributed.processes, distributed.process only with", "got 'none'"]),
         (("slurm", None, None, None), {"SLURM_JOB_ID": "1"}, ["SLURM_PROCID", "srun", "distributed.mode"]),
+        (("slurm", None, None, None), TASK | {"SLURM_LOCALID": "a"}, ["SLURM_LOCALID", "got 'a'", "srun"]),
+        (("slurm", None, None, None), TASK | {"SLURM_GPUS_ON_NODE": ""}, ["SLURM_GPUS_ON_NODE", "got ''"]),
+        (("slurm", None, None, None), TASK | {"SLURM_PROCID": "2"}, ["below SLURM_NTASKS (2)", "got 2"]),
     ],
 )
 def test_multihost_fields_that_do_not_fit_are_refused_by_name(fields, environment, words):
@@ -266,7 +271,7 @@ def test_multihost_fields_that_do_not_fit_are_refused_by_name(fields, environmen
 def test_multihost_fields_that_fit_pass():
     distributed.check_fields("explicit", "[::1]:8476", 4, 3, {})
     distributed.check_fields("none", None, None, None, {})
-    distributed.check_fields("slurm", None, None, None, dict.fromkeys(distributed.SLURM_FIELDS, "1"))
+    distributed.check_fields("slurm", None, None, None, TASK)
 
 
 def test_multihost_wrong_fields_are_refused_before_anything_is_written(tmp_path):

@@ -89,6 +89,8 @@ def check_fields(
                 f"expected a Slurm step for distributed.mode = 'slurm', got none of {', '.join(absent)} in the "
                 "environment; start the command by srun, or change distributed.mode"
             )
+        if mode == "slurm":
+            _check_slurm(environment)
         return
     if absent := [f"distributed.{name}" for name, value in given.items() if value is None]:
         raise ValueError(f"expected {', '.join(absent)} with distributed.mode = 'explicit', got nothing; set them")
@@ -99,6 +101,25 @@ def check_fields(
     if process is None or not 0 <= process < processes:
         raise ValueError(
             f"expected distributed.process in 0..{processes - 1} (distributed.processes is {processes}), got {process}"
+        )
+
+
+def _check_slurm(environment: Mapping[str, str]) -> None:
+    """Raises ValueError, naming the variable, where srun would have written something else."""
+    forms = dict.fromkeys(("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"), r"[0-9]+")
+    forms |= {"SLURM_STEP_NODELIST": r"[^\s,\[]+.*"}
+    optional = {"SLURM_GPUS_ON_NODE": r"[0-9]+", "SLURM_STEP_TASKS_PER_NODE": r"[0-9]+.*"}
+    forms |= {name: form for name, form in optional.items() if name in environment}
+    for name, form in forms.items():
+        if not re.fullmatch(form, environment[name]):
+            raise ValueError(
+                f"expected {name} as srun sets it for distributed.mode = 'slurm', got '{environment[name]}'; start the "
+                "command by srun, or change distributed.mode"
+            )
+    if int(environment["SLURM_PROCID"]) >= int(environment["SLURM_NTASKS"]):
+        raise ValueError(
+            f"expected SLURM_PROCID below SLURM_NTASKS ({environment['SLURM_NTASKS']}), got "
+            f"{environment['SLURM_PROCID']}; start the command by srun, or change distributed.mode"
         )
 
 
