@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
 import tyro
 
+from hptjax.cli_options import (
+    AUDIT_HELP,
+    AuditOptions,
+    CompareOptions,
+    DoctorOptions,
+    EvalOptions,
+    PlanOptions,
+    SampleOptions,
+)
 from hptjax.config import Config
 from hptjax.config_check import check
 from hptjax.config_load import read_file
@@ -20,8 +27,6 @@ from hptjax.errors import BAD_INPUT, INPUT_ERRORS, INTERRUPTED, exit_status, rai
 
 T = TypeVar("T")
 KEEPS_CHECKPOINTS = ("train", "compare")  # an interrupted one goes on where it was
-ConfigFields = Annotated[Config, tyro.conf.arg(name="")]  # the fields keep the names they have in the file
-Checkpoint = Literal["base", "last", "best"]
 
 HELP = """\
 usage: hptjax COMMAND [CONFIG.toml] [OPTIONS]
@@ -45,89 +50,6 @@ Every field of the config is an option:
 
 HPTJAX_TRACEBACK=1 shows the traceback of an error.
 """
-
-AUDIT_HELP = """\
-Runs a trainer on small jobs and reads from its parameters what every token weighed.
-
-Targets that come with hptjax:
-    hptjax, jax-loop, optax.MultiSteps, optax.MultiSteps-sum, torch-loop, transformers, trl, tunix
-
-Targets that simulate a published bug:
-    simulated-deepspeed, simulated-deepspeed-first-only, simulated-openrlhf, simulated-huggingface-2024
-
-Your own is module:function, looked up from the current folder. It carries out a job with plain SGD and
-returns the parameters after every update. This one, in my_trainer.py, passes `hptjax audit my_trainer:train`:
-    import numpy as np
-    from hptjax.audit.job import Unsupported, accepts
-
-    def train(job):
-        if job.ranks > 1 or job.parameter_dtype != "float32": raise Unsupported("one fp32 worker")
-        theta, updates = job.parameters.copy(), []
-        for window, rate in zip(job.windows, job.learning_rates):
-            tokens = sum(part.mask.sum() for part in window)
-            # put your accumulation here; the loss of a token is features . theta
-            gradient = sum(part.features[part.mask].sum(axis=0) for part in window) / tokens
-            norm = np.linalg.norm(gradient)
-            if job.clip_norm is not None and norm > job.clip_norm: gradient *= job.clip_norm / norm
-            theta = (theta - rate * gradient).astype("float32")
-            updates.append(theta)
-        return updates
-
-What a job asks for (hptjax/audit/job.py has the rest):
-    ranks            data-parallel workers that share each micro-batch by rows
-    clip_norm        largest norm of an update's gradient; None: no clipping
-    parameter_dtype  "float32" or "bfloat16": in which the parameters are held
-
-A target raises Unsupported for what it cannot do; a field that it ignores counts as carried out. One that
-computes its own loss from logits is marked @accepts("tokens"), one whose optimizer cannot be set
-@accepts("linear", own_optimizer=True).
-
-Windows have 1 to 5, 7 or 16 micro-batches, and a job has at most five updates: what goes wrong only with
-others, or later, is not seen.
-
-Status 0: no fault (notes allowed). 1: a fault. 2: bad usage.
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalOptions:
-    """Pass@k of a model on held-out questions."""
-
-    checkpoint: Checkpoint = "last"  # which weights
-    split: Literal["validation", "test", "train"] = "test"  # which questions
-    config: ConfigFields = dataclasses.field(default_factory=Config)
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleOptions:
-    """Completions of a prompt."""
-
-    prompt: str | None = None  # None: a question of the test split
-    count: int = 4  # completions
-    checkpoint: Checkpoint = "last"  # which weights
-    config: ConfigFields = dataclasses.field(default_factory=Config)
-
-
-@dataclasses.dataclass(frozen=True)
-class CompareOptions:
-    """Several methods from the same base model under the same budget."""
-
-    arms: str = "hpt,sft,grpo,sft_then_rl"  # separated by commas
-    seeds: int = 3  # seeds per arm
-    config: ConfigFields = dataclasses.field(default_factory=Config)
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanOptions:
-    """What a config does on a TPU that need not be there: the real programs, compiled. Needs hptjax[tpu]."""
-
-    topology: tuple[str, ...] = ("v5e:4x4",)  # chip:layout, 2xchip:layout for two slices; several may follow
-    slices: int = 1  # slices of each topology
-    search: bool = False  # try meshes, micro-batch rows and remat policies, and rank them
-    largest: bool = True  # look for the largest batch.rows that fits
-    cache: pathlib.Path | None = None  # folder of earlier results; None: beside the compiled programs
-    json: pathlib.Path | None = None  # also write everything there
-    config: ConfigFields = dataclasses.field(default_factory=Config)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -320,28 +242,6 @@ def command_doctor(arguments: list[str]) -> int:
     findings = doctor.examine(runs_dir=options.runs_dir)
     print(doctor.report(findings))
     return 1 if any(finding.status == "lacks" for finding in findings) else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class AuditOptions:
-    """What is audited, and how."""
-
-    target: Annotated[
-        str,
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="TARGET", help="module:function, or the name of a target that comes with hptjax"),
-    ]
-    model: Literal["linear", "tokens"] | None = None  # tokens: it computes its own loss; None: as the target is marked
-    own_optimizer: bool = False  # its optimizer cannot be set to SGD: compare splits of the same window
-    inject_drop: bool = False  # blank a micro-batch in what the target sees: the audit must then fail and name it
-    json: pathlib.Path | None = None  # also write the report there
-
-
-@dataclasses.dataclass(frozen=True)
-class DoctorOptions:
-    """What this machine has and lacks. Status 1 where training cannot run."""
-
-    runs_dir: str = "runs"  # where the runs would go
 
 
 def parse(command: str, arguments: list[str], with_config: Callable[[Config], T]) -> T:
