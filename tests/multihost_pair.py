@@ -60,12 +60,12 @@ def pair_config(folder: Path, name: str, **distributed) -> Config:
 
 
 @contextlib.contextmanager
-def at_step(step: int, act: Callable[[], None]) -> Iterator[None]:
-    """Acts in the faulty process before it judges the rollouts of a step, counted from 0."""
+def at_step(step: int, act: Callable[[], None], process: int = FAULTY) -> Iterator[None]:
+    """Acts in one process before it judges the rollouts of a step, counted from 0."""
     judge = loop.judge_rollouts
 
     def judge_rollouts(open_step, judged):
-        if jax.process_index() == FAULTY and open_step.step == step:
+        if jax.process_index() == process and open_step.step == step:
             act()
         judge(open_step, judged)
 
@@ -157,6 +157,7 @@ FAULTS: dict[str, Callable[[], list[contextlib.AbstractContextManager]]] = {
     "stuck": lambda: [short_limit(), before_last_micro_batch(1, lambda: time.sleep(1000))],
     "kill_inside": lambda: [before_last_micro_batch(1, lambda: os.kill(os.getpid(), signal.SIGKILL))],
     "freeze": lambda: [short_limit(), at_step(1, lambda: os.kill(os.getpid(), signal.SIGSTOP))],
+    "freeze_first": lambda: [short_limit(), at_step(1, lambda: os.kill(os.getpid(), signal.SIGSTOP), process=0)],
 }
 
 

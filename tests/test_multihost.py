@@ -63,14 +63,14 @@ def started(folder: Path, port: str, index: int, acts: list[str]) -> subprocess.
         )
 
 
-def statuses(folder: Path, acts: list[str], *, first_only: bool = False) -> list[int | None]:
-    """What two processes end with; None of one that is killed here, once the first has ended."""
+def statuses(folder: Path, acts: list[str], *, only: int | None = None) -> list[int | None]:
+    """What two processes end with; None of one that is killed here, once the only one that is waited for has ended."""
     pair_config(folder, "tokenizer")  # written before two processes would write it
     port, end = free_port(), time.monotonic() + LIMIT_S
     processes = []
     try:
         processes = [started(folder, port, index, acts) for index in range(2)]
-        watched = processes[:1] if first_only else processes
+        watched = processes if only is None else [processes[only]]
         while any(process.poll() is None for process in watched) and time.monotonic() < end:
             time.sleep(0.05)
         return [process.poll() for process in processes]
@@ -221,8 +221,15 @@ def test_multihost_killed_process_ends_the_other_and_both_started_again_finish(p
 
 @pytest.mark.slow
 def test_multihost_frozen_process_ends_the_other(tmp_path):
-    assert statuses(tmp_path, ["cli", "whole:freeze"], first_only=True) == [1, None]
+    assert statuses(tmp_path, ["cli", "whole:freeze"], only=0) == [1, None]
     assert "process 0 waited 2 s at 'judging samples' for process 1" in log(tmp_path, 0)
+
+
+@pytest.mark.slow
+def test_multihost_frozen_first_process_ends_the_other(tmp_path):
+    """It holds the store: every question to it hangs, the watchdog's too."""
+    assert statuses(tmp_path, ["cli", "whole:freeze_first"], only=1) == [None, 1]
+    assert "no answer from process 0 for 6 s (distributed.timeout_s)" in log(tmp_path, 1)
 
 
 @pytest.mark.slow
@@ -252,6 +259,7 @@ TASK = dict.fromkeys(distributed.SLURM_FIELDS, "1") | {"SLURM_NTASKS": "2", "SLU
     [
         (("explicit", None, 2, None), {}, ["distributed.coordinator, distributed.process", "set them"]),
         (("explicit", "host", 2, 0), {}, ["host:port", "got 'host'", "distributed.coordinator"]),
+        (("explicit", "host:65536", 2, 0), {}, ["host:port", "got 'host:65536'"]),
         (("explicit", "host:1", 0, 0), {}, ["distributed.processes >= 1, got 0"]),
         (("explicit", "host:1", 2, 2), {}, ["distributed.process in 0..1", "got 2"]),
         (("auto", "host:1", None, None), {}, ["distributed.coordinator only with distributed.mode = 'explicit'"]),
@@ -294,6 +302,22 @@ def test_multihost_no_cluster_is_an_error_that_says_what_to_set():
     ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert "ValueError: expected to join the other processes by distributed.mode = 'auto'" in ended.stderr
     assert "distributed.coordinator" in ended.stderr
+
+
+def test_multihost_processes_that_do_not_come_are_an_error_that_says_what_to_check():
+    """In a process of its own: jax itself would abort it."""
+    call = f"initialize('explicit', coordinator='localhost:{free_port()}', processes=2, process=1, connect_s=1)"
+    script = f"from hptjax.sharding.distributed import initialize; {call}"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert ended.returncode == cli.BAD_INPUT
+    assert "within 1 s, got no answer from all of them; check that distributed.coordinator is host:port" in ended.stderr
+
+
+def test_multihost_port_that_is_taken_is_refused():
+    with socket.create_server(("", 0), family=socket.AF_INET) as taken:
+        coordinator = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=r"expected a free port.*change distributed\.coordinator"):
+            distributed.initialize("explicit", coordinator=coordinator, processes=2, process=0)
 
 
 def test_multihost_nothing_touches_a_device_before_the_processes_have_joined():

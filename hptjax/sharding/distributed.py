@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
-from collections.abc import Mapping
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+
+from hptjax.errors import BAD_INPUT
 
 HEARTBEAT_MARGIN_S = 60  # jax's own heartbeats end a process without names; hptjax's watchdog must come first
 SLURM_FIELDS = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -33,17 +39,20 @@ def initialize(
       coordinator: host:port of process 0. processes: how many. process: which of them this is, from 0.
       timeout_s: of the watchdog; jax's heartbeats wait longer than it. connect_s: how long the others are waited for.
 
-    Raises ValueError, naming the field: values that do not fit the mode, nothing found in the environment, or a program
-      that has used its devices already.
+    Raises ValueError, naming the field: values that do not fit the mode, nothing found in the environment, a port that
+      is taken, or a program that has used its devices already. Where the others do not come in time it says so and ends
+      the process with status 2: jax would abort, and a thread that waits in it cannot be reached.
     """
     check_fields(mode, coordinator, processes, process, os.environ)
     if mode == "none" or jax.distributed.is_initialized():
         return
+    if mode == "explicit" and process == 0:
+        _check_port_is_free(str(coordinator))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # jax's own handler would swallow SIGTERM before the run listens for it
     jax.config.update("jax_enable_preemption_service", False)
     options: dict[str, Any] = {
-        "initialization_timeout": math.ceil(connect_s),
+        "initialization_timeout": math.ceil(connect_s) + HEARTBEAT_MARGIN_S,
         "heartbeat_timeout_seconds": math.ceil(timeout_s) + HEARTBEAT_MARGIN_S,
         "shutdown_timeout_seconds": math.ceil(timeout_s),
     }
@@ -53,7 +62,8 @@ def initialize(
     elif mode == "slurm":
         options |= {"cluster_detection_method": "slurm", "local_device_ids": slurm_local_devices(os.environ)}
     try:
-        jax.distributed.initialize(**options)
+        with _in_time(mode, connect_s):
+            jax.distributed.initialize(**options)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"expected to join the other processes by distributed.mode = '{mode}', got: {_first_line(error)}; "
@@ -69,6 +79,42 @@ _HINTS = {
     "explicit": "check that distributed.coordinator is host:port of process 0, that the port is free there, and that "
     "all of distributed.processes were started",
 }
+
+
+@contextlib.contextmanager
+def _in_time(mode: str, limit_s: float) -> Iterator[None]:
+    """Ends the process, with words, where the block takes longer."""
+
+    def give_up() -> None:
+        print(
+            f"hptjax: expected to join the other processes by distributed.mode = '{mode}' within {limit_s:g} s, got no "
+            f"answer from all of them; {_HINTS[mode]}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(BAD_INPUT)
+
+    timer = threading.Timer(limit_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _check_port_is_free(coordinator: str) -> None:
+    """Raises ValueError where another program listens at the port; jax may end by a segmentation fault."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        with socket.create_server(("", int(coordinator.rpartition(":")[2])), family=family, dualstack_ipv6=both):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"expected a free port of this host, where process 0 listens, got '{coordinator}': {error}; change "
+            "distributed.coordinator in all processes, or end the program that has the port"
+        ) from None
 
 
 def check_fields(
@@ -94,7 +140,8 @@ def check_fields(
         return
     if absent := [f"distributed.{name}" for name, value in given.items() if value is None]:
         raise ValueError(f"expected {', '.join(absent)} with distributed.mode = 'explicit', got nothing; set them")
-    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):[0-9]{1,5}", str(coordinator)):
+    shaped = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):([0-9]{1,5})", str(coordinator))
+    if not shaped or not 1 <= int(shaped[2]) <= 65535:
         raise ValueError(f"expected host:port of process 0, got '{coordinator}'; change distributed.coordinator")
     if processes is None or processes < 1:
         raise ValueError(f"expected distributed.processes >= 1, got {processes}")

@@ -5,6 +5,9 @@ Inside `shared_fate` a thread of each process tells the others once a second whe
 - where another has failed and this one does not come to a meeting where it would be told,
 - where another says nothing for a minute (or the limit, if that is shorter), as a killed or stopped process does,
 - where this one has waited for the limit and another has not moved for as long.
+
+A second thread ends it where process 0, which holds what they tell each other, does not answer for a minute (or the
+limit): the first one is then stuck in a question to it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 
 import jax
 
-from hptjax.errors import FailedElsewhere, exit_status, raised_here
+from hptjax.errors import CRASHED, FailedElsewhere, exit_status, raised_here
 from hptjax.sharding.peers import (
     BEAT_S,
     HERE,
@@ -53,8 +56,10 @@ def shared_fate(timeout_s: float) -> Iterator[None]:
         return
     HERE.begin(timeout_s)
     over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(over,), name="hptjax-watchdog", daemon=True)
+    answered = [time.monotonic()]
+    thread = threading.Thread(target=_watch, args=(over, answered), name="hptjax-watchdog", daemon=True)
     thread.start()
+    threading.Thread(target=_watch_store, args=(over, answered), name="hptjax-store", daemon=True).start()
     try:
         yield
     except SystemExit:  # a clean stop, which all have agreed on
@@ -120,8 +125,12 @@ def _cause(error: BaseException) -> FailedElsewhere | None:
     return lost
 
 
-def _watch(over: threading.Event) -> None:
-    """The watchdog's thread: until the run is over, or until there is a reason to end the process."""
+def _watch(over: threading.Event, answered: list[float]) -> None:
+    """The watchdog's thread: until the run is over, or until there is a reason to end the process.
+
+    Args
+      answered: gets the time at which the store answered last, monotonic s.
+    """
     beat, failed_since = 0, None
     seen: dict[int, tuple[Any, Any]] = {}
     moved = dict.fromkeys(others(), time.monotonic())
@@ -133,6 +142,7 @@ def _watch(over: threading.Event) -> None:
             now, known = places(), failure()
         except jax.errors.JaxRuntimeError:  # process 0 is gone, and the store with it: jax ends this process
             continue
+        answered[0] = time.monotonic()
         for other in others():
             said = now.get(other, {})
             old_beat, old_changes = seen.get(other, (None, None))
@@ -153,6 +163,21 @@ def _watch(over: threading.Event) -> None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 report_failure(str(lost), lost.status)
             _end(lost)
+
+
+def _watch_store(over: threading.Event, answered: list[float]) -> None:
+    """Ends the process where the store has not answered for too long: process 0 is frozen, or out of reach."""
+    while not over.wait(BEAT_S):
+        limit_s = min(HERE.timeout_s + 4 * BEAT_S, LOST_S)
+        if time.monotonic() - answered[0] > limit_s:
+            print(
+                f"hptjax: process {jax.process_index()} had at '{HERE.what}' no answer from process 0 for "
+                f"{limit_s:g} s (distributed.timeout_s). Start all processes again: they go on from the last "
+                "checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(CRASHED)
 
 
 def _late(now: Mapping[int, Mapping[str, Any]], heard: Mapping[int, float], moved: Mapping[int, float]) -> list[int]:
