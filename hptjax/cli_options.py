@@ -79,7 +79,7 @@ class SampleOptions:
 class CompareOptions:
     """Several methods from the same base model under the same budget."""
 
-    arms: str = "hpt,sft,grpo,sft_then_rl"  # separated by commas
+    arms: str = "hpt,sft,dr_grpo,sft_then_rl"  # separated by commas
     seeds: int = 3  # seeds per arm
     config: ConfigFields = dataclasses.field(default_factory=Config)
 

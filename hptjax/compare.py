@@ -3,8 +3,8 @@
 Budgets come from the first arm's own run: its updates, its tokens (generated + trained) and its FLOPs. Every other arm
 is read off three times, where it had spent each budget (on the straight line between the two nearest evaluations), or
 at its end where it never did: `sft` is made long enough for all three, `sft_then_rl` has half as many SFT steps before
-the first arm's number of RL steps, `grpo` has the first arm's number of steps. Equal updates favour arms that generate
-much per update, equal FLOPs favour SFT. Nothing is chosen on test questions.
+the first arm's number of RL steps, the others have the first arm's number of steps. Equal updates favour arms that
+generate much per update, equal FLOPs favour SFT. Nothing is chosen on test questions.
 
 FLOPs are 2 N per token generated or prefilled and 6 N per position trained, N the parameters a token meets.
 Source `spec/diagnostics.md` 12.3.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ import numpy as np
 
 from hptjax import build
 from hptjax.build.evaluation import read_counts
-from hptjax.config import Config, Method, StageConfig
+from hptjax.config import Config, StageConfig
 from hptjax.config_batch import stage_list
 from hptjax.config_check import check
+from hptjax.config_methods import FROM_DEMONSTRATIONS, MethodName
 from hptjax.diagnostics.intervals import Estimate, estimate_mean, two_level_difference
 from hptjax.diagnostics.passk import pass_at_k
 from hptjax.masked import ratio
@@ -34,7 +36,10 @@ from hptjax.train.jsonl import read_rows
 
 BUDGETS = ("updates", "tokens", "flops")
 POINTS = 8  # evaluations per run, beside those at the budgets
-ARMS: dict[str, Method] = {"hpt": "hpt", "sft": "sft", "grpo": "grpo", "sft_then_rl": "grpo"}  # its last method
+ARMS: dict[str, MethodName] = {  # arm -> the method of its last stage
+    **{name: name for name in typing.get_args(MethodName)},
+    "sft_then_rl": "dr_grpo",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +99,7 @@ def _arm_config(config: Config, arm: str, seed: int, root: Path, name: str, budg
     updates_per_step = config.train.updates_per_rollout_batch
     steps = config.train.steps
     stages: tuple[StageConfig, ...] = ()
-    if budget is not None and arm == "sft":
+    if budget is not None and arm in FROM_DEMONSTRATIONS:
         steps = math.ceil(
             max(
                 budget["updates"] / updates_per_step,
@@ -107,7 +112,7 @@ def _arm_config(config: Config, arm: str, seed: int, root: Path, name: str, budg
     total = steps + sum(stage.steps for stage in stages)
     grid = {round(total * point / POINTS) for point in range(1, POINTS + 1)}
     exact = {config.train.steps} if budget is not None else set()
-    if budget is not None and arm == "sft":
+    if budget is not None and arm in FROM_DEMONSTRATIONS:
         exact |= {int(budget[axis] // budget[f"sft_step_{axis}"]) for axis in ("tokens", "flops")}
     arm_config = dataclasses.replace(
         config,

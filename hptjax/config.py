@@ -12,9 +12,9 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from hptjax.config_methods import MethodName, MethodsConfig, RolloutRow
 from hptjax.config_text import struct_list
 
-Method = Literal["hpt", "sft", "grpo"]
 Preset = Literal[
     "qwen2.5-0.5b", "qwen2.5-math-1.5b", "qwen2.5-math-7b", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b"
 ]  # the names of models/presets.py
@@ -24,7 +24,7 @@ Preset = Literal[
 class StageConfig:
     """A stage that runs before the last one, through the same loop."""
 
-    method: Method  # hpt, sft or grpo
+    method: MethodName  # as `method`
     steps: int  # rollout batches of this stage
     learning_rate: float | None = None  # None: optimizer.learning_rate
     questions_per_step: int | None = None  # None: data.questions_per_step
@@ -73,6 +73,9 @@ class ModelConfig:
     )
     attention_block: int = 512  # side of an attention tile, and positions of a long cache read at a time
     logprob_chunk_tokens: int = 2048  # tokens whose logits exist at the same time
+    reference: str | None = "start"  # frozen model of KL terms and DPO: a folder, "start" (this run's), None: no model
+    teacher: str | None = None  # folder of a frozen model with the same tokenizer, for kdrl
+    demonstration_author: str | None = None  # folder of the model that wrote the demonstrations, for pear_*
     shape: ShapeConfig = dataclasses.field(default_factory=ShapeConfig)
 
 
@@ -118,6 +121,7 @@ class DataConfig:
     split_seed: int = 0  # of the splits
     questions_per_step: int = 64  # P
     max_prompt_tokens: int = 24  # longer questions are dropped and counted
+    demonstrations: bool = True  # whether methods may learn from the demonstrations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,17 +156,28 @@ class HptConfig:
 
     gate: int = 0  # SFT where at most this many of the group solved; -1: pure RL; group_size: pure SFT
     # the reducers: what one token weighs. "separate": RL, KL, SFT and entropy are each a token mean of their own;
-    # "joint": each is divided by the live tokens of rollouts and demonstrations together
+    # "joint": each is divided by the live tokens of rollouts and demonstrations together. Methods other than HPT take
+    # the reducers of their own rows under "official_fixed"
     preset: Literal["official_fixed", "official", "paper", "separate", "joint"] = "official_fixed"
-    rl_estimator: Literal["dr_grpo", "grpo", "reinforce", "ppo"] = "dr_grpo"  # the row of losses/table.py for rollouts
-    clip_low: float | None = None  # ratio below 1 - clip_low is masked where the advantage is negative
-    clip_high: float | None = None  # ratio above 1 + clip_high is masked where the advantage is positive
+    rl_estimator: RolloutRow = "dr_grpo"  # hpt*, random_gate: the row of losses/table.py for rollouts
+    clip_low: float | None = None  # ratio below 1 - clip_low is masked where the advantage is negative; None: the row's
+    clip_high: float | None = (
+        None  # ratio above 1 + clip_high is masked where the advantage is positive; None: the row's
+    )
+    clip_kind: Literal["row", "dual", "two_sided"] = "row"  # which clip of losses/stability.py takes these widths
+    clip_bound: float = 3.0  # "dual": cap of the ratio where the advantage is negative; "two_sided": its ceiling, 4
+    sampler_correction: Literal["none", "token_tis", "sequence_tis", "masked_is"] = (
+        "none"  # importance weights from the sampler's log-probs to the trainer's, see losses/weights.py
+    )
+    correction_cap: float = 2.0  # of "token_tis" and "sequence_tis"; the upper end of "masked_is"
+    correction_floor: float = 0.5  # the lower end of "masked_is"
     sft_coefficient: float = 1.0
     rl_coefficient: float = 1.0
     entropy_coefficient: float = 0.0  # 0.001 in the published recipes
     entropy_on_demonstrations: bool = True  # whether the entropy term covers demonstrations too, as published
-    kl_coefficient: float = 0.0  # to the model the run starts from
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_coefficient: float | None = None  # to model.reference; None: as the method is published, 0 but for grpo
+    kl_estimator: Literal["k1", "k2", "k3", "k3_plus"] = "k3"  # of the loss
+    kl_in: Literal["loss", "reward"] = "loss"  # "reward": each token's advantage loses kl_coefficient x k1
     mask_overlong: bool = False  # weight 0 for completions that met their limit
     ranks: int = 8  # preset "official" only: data-parallel ranks of the published script
     logical_micro_tokens: int = 32_768  # preset "official" only: tokens of one of its micro-batches
@@ -285,7 +300,7 @@ class Config:
 
     name: str = "quickstart"  # the run folder is `runs_dir`/`name`
     seed: int = 0
-    method: Method = "hpt"  # of the last stage
+    method: MethodName = "hpt"  # of the last stage; `hptjax methods` lists them
     stages: Annotated[tuple[StageConfig, ...], struct_list(StageConfig)] = ()  # stages before the last one
     runs_dir: str = "runs"
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -294,6 +309,7 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     hpt: HptConfig = dataclasses.field(default_factory=HptConfig)
+    methods: MethodsConfig = dataclasses.field(default_factory=MethodsConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

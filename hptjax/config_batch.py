@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from hptjax.config import Config, StageConfig
+from hptjax.config_methods import samples_per_question
 
 # up to here `model.attention = "auto"` takes the plain form: its [B H T T] scores are small, and it is the fastest
 SHORT_ROW_TOKENS = 1024
@@ -27,20 +28,22 @@ def steps_of(config: Config) -> list[tuple[str, str, int]]:
 
 
 def samples_per_update(config: Config, *, method: str, questions: int) -> int:
-    """The most samples an update of `method` can hold: a demonstration or a whole group per question."""
-    per_question = 1 if method == "sft" else config.rollout.group_size
+    """The most samples an update of `method` can hold: by what a question can leave."""
+    per_question = samples_per_question(method, config.rollout.group_size)
     return questions // config.train.updates_per_rollout_batch * per_question
 
 
-def micro_batches_needed(config: Config, *, samples: int) -> int:
+def micro_batches_needed(config: Config, *, samples: int, bundle: int = 1) -> int:
     """Micro-batches that hold `samples` samples of the greatest length, packed by any rule that fills open rows.
+
+    Samples come in bundles of `bundle` that share a row.
 
     A row that refuses a sample of at most `longest` tokens already holds `row_tokens // longest` samples (or
     `max_segments`), so ceil(samples / that) rows are enough whatever the lengths are.
     """
-    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
-    per_row = min(config.batch.max_segments, config.batch.row_tokens // longest)
-    return math.ceil(math.ceil(samples / per_row) / config.batch.rows)
+    longest = bundle * (config.data.max_prompt_tokens + config.rollout.max_completion_tokens)
+    per_row = min(config.batch.max_segments // bundle, config.batch.row_tokens // longest)
+    return math.ceil(math.ceil(samples / bundle / per_row) / config.batch.rows)
 
 
 def mesh_sizes(config: Config) -> dict[str, int]:

@@ -7,6 +7,7 @@ import re
 
 from hptjax.config import Config, flatten, resolved
 from hptjax.config_batch import micro_batches_needed, samples_per_update, steps_of
+from hptjax.config_methods import GATED, learns_from_demonstrations, learns_from_rollouts, samples_per_bundle
 
 AT_LEAST_ONE = (
     "task.instances data.train_questions data.validation_questions data.test_questions data.questions_per_step "
@@ -22,13 +23,15 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = (
     "seed task.seed task.low task.target_low task.max_value data.split_seed "
     "rollout.top_k optimizer.end_fraction hpt.sft_coefficient hpt.rl_coefficient hpt.entropy_coefficient "
-    "hpt.kl_coefficient optimizer.warmup_steps optimizer.weight_decay train.checksum_every train.eval_every "
+    "hpt.kl_coefficient hpt.correction_floor methods.chord_rise_steps methods.chord_fall_steps "
+    "optimizer.warmup_steps optimizer.weight_decay train.checksum_every train.eval_every "
     "train.probe_every train.rollouts_every train.panel_questions eval.train_questions checkpoint.keep_best"
 ).split()
 ABOVE_ZERO = (
     "rollout.temperature rollout.top_p reward.deadline_s optimizer.learning_rate optimizer.eps eval.temperature "
     "optimizer.clip_norm optimizer.skip_norm hpt.clip_low hpt.clip_high optimizer.decay_steps model.shape.rope_theta "
-    "distributed.timeout_s"
+    "distributed.timeout_s hpt.clip_bound hpt.correction_cap methods.trsft_floor methods.pear_gamma "
+    "methods.implicit_beta methods.dpo_beta methods.luffy_gamma"
 ).split()
 
 
@@ -178,28 +181,52 @@ def _check_objective(config: Config) -> None:
             f"{hpt.clip_low}, {hpt.clip_high}",
             "hpt.clip_low and hpt.clip_high",
         )
+    _check_method_constants(config)
     for place, method, _ in steps_of(config):
-        threshold = {"hpt": hpt.gate, "sft": group_size, "grpo": -1}[method]
-        rl = hpt.rl_coefficient if threshold < group_size else 0.0
-        sft = hpt.sft_coefficient if threshold >= 0 else 0.0
+        never_rl, never_sft = method in GATED and hpt.gate == group_size, method in GATED and hpt.gate < 0
+        rl = hpt.rl_coefficient if learns_from_rollouts(method) and not never_rl else 0.0
+        sft = hpt.sft_coefficient if learns_from_demonstrations(method) and not never_sft else 0.0
         if rl == sft == 0.0:
             _refuse(
-                f"an objective that is not 0 in {place} ({method}, hpt.gate {threshold})",
+                f"an objective that is not 0 in {place} ({method}, hpt.gate {hpt.gate})",
                 f"hpt.rl_coefficient {hpt.rl_coefficient} and hpt.sft_coefficient {hpt.sft_coefficient}",
                 "the one that this method reads",
             )
 
 
+def _check_method_constants(config: Config) -> None:
+    constants, group_size = config.methods, config.rollout.group_size
+    if not config.hpt.gate <= constants.gate_off <= group_size and config.method == "hpt_off_band":
+        _refuse(
+            f"methods.gate_off in hpt.gate..rollout.group_size ({config.hpt.gate}..{group_size})",
+            f"{constants.gate_off}",
+            "methods.gate_off",
+        )
+    if constants.soft_table and len(constants.soft_table) != group_size + 1:
+        _refuse(
+            f"a row of methods.soft_table for each of 0..{group_size} solved (rollout.group_size)",
+            f"{len(constants.soft_table)} rows",
+            "methods.soft_table",
+        )
+
+
 def _check_batch(config: Config) -> None:
     batch = config.batch
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
-    if batch.row_tokens < longest:
-        _refuse(
-            f"batch.row_tokens of at least {longest} (data.max_prompt_tokens + rollout.max_completion_tokens)",
-            f"{batch.row_tokens}",
-            "batch.row_tokens",
-        )
     for place, method, questions in steps_of(config):
+        bundle = samples_per_bundle(method)
+        if batch.row_tokens < bundle * longest:
+            pair = "twice (the two samples of a pair share a row) " if bundle == 2 else ""
+            _refuse(
+                f"batch.row_tokens of at least {bundle * longest} for {place} ({method}: {pair}"
+                "data.max_prompt_tokens + rollout.max_completion_tokens)",
+                f"{batch.row_tokens}",
+                "batch.row_tokens",
+            )
+        if batch.max_segments < bundle:
+            _refuse(
+                f"batch.max_segments of at least {bundle} for {method}", f"{batch.max_segments}", "batch.max_segments"
+            )
         if questions % config.train.updates_per_rollout_batch:
             _refuse(
                 f"questions per step of {place} to be a multiple of train.updates_per_rollout_batch "
@@ -208,7 +235,7 @@ def _check_batch(config: Config) -> None:
                 "data.questions_per_step or train.updates_per_rollout_batch",
             )
         samples = samples_per_update(config, method=method, questions=questions)
-        needed = micro_batches_needed(config, samples=samples)
+        needed = micro_batches_needed(config, samples=samples, bundle=bundle)
         if needed > batch.max_micro_batches:
             _refuse(
                 f"batch.max_micro_batches of at least {needed} for {place} ({samples} samples of up to {longest} "

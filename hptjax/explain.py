@@ -17,6 +17,7 @@ from hptjax.config_batch import (
     stage_list,
     steps_of,
 )
+from hptjax.config_methods import GATED, learns_from_demonstrations, learns_from_rollouts
 from hptjax.masked import inverse_count
 from hptjax.models.presets import PRESETS
 
@@ -60,13 +61,13 @@ def update_lines(config: Config) -> list[str]:
     longest = config.data.max_prompt_tokens + rollout.max_completion_tokens
     updates = config.train.updates_per_rollout_batch
     lines = []
-    if config.method != "sft":
+    if learns_from_rollouts(config.method):
         waves = -(-questions * rollout.group_size // rollout.slots)
         lines.append(
             f"rollouts     {questions} questions x {rollout.group_size} = {questions * rollout.group_size} per step, "
             f"in {waves} wave(s) of {rollout.slots} slots"
         )
-    if config.method == "hpt":
+    if config.method in GATED:
         fewest = questions // updates
         lines.append(f"samples      {fewest} (every question gated to its demonstration) to {samples} (none)")
     else:
@@ -93,17 +94,17 @@ def weight_lines(config: Config) -> list[str]:
     demo_tokens = config.rollout.max_completion_tokens
     lines = [f"preset {config.hpt.preset}, {questions} questions per update"]
     counts_tokens = config.hpt.preset in TOKEN_MEANS
-    if config.method != "sft":
+    if learns_from_rollouts(config.method):
         rl = rl_token_weight(config, questions=questions, demonstrations=0, demo_tokens=0)
         where = f", where every question has {config.rollout.group_size} rollouts of {demo_tokens} tokens"
         lines.append(f"one rollout token: {rl:.3e} (times its advantage){where if counts_tokens else ''}")
-    if config.method != "grpo":
-        for share in SHOWN_SHARES if config.method == "hpt" else (1.0,):
+    if learns_from_demonstrations(config.method):
+        for share in SHOWN_SHARES if config.method in GATED else (1.0,):
             demonstrations = max(1, round(share * questions))
             counts = {"questions": questions, "demonstrations": demonstrations, "demo_tokens": demo_tokens}
             sft = sft_token_weight(config, **counts)
             line = f"one demonstration token: {sft:.3e} with {demonstrations} demonstrations of {demo_tokens} tokens"
-            rl = 0.0 if config.method == "sft" else rl_token_weight(config, **counts)
+            rl = rl_token_weight(config, **counts) if learns_from_rollouts(config.method) else 0.0
             if rl and not (counts_tokens and demonstrations == questions):  # then there is no rollout to compare with
                 line += f" = {sft * inverse_count(rl):.3g} rollout tokens of advantage 1"
             lines.append(line)
@@ -149,7 +150,7 @@ def sft_token_weight(config: Config, *, questions: int, demonstrations: int, dem
     if hpt.preset in ("official_fixed", "separate"):
         return hpt.sft_coefficient * inverse_count(demonstrations * demo_tokens)
     if hpt.preset == "joint":
-        beside = 0 if config.method == "sft" else _rollout_tokens(config, questions - demonstrations)
+        beside = _rollout_tokens(config, questions - demonstrations) if learns_from_rollouts(config.method) else 0
         return hpt.sft_coefficient * inverse_count(demonstrations * demo_tokens + beside)
     if hpt.preset == "official":
         per_rank = -(-demonstrations // hpt.ranks)

@@ -41,10 +41,12 @@ class FinishReason(enum.IntEnum):
 
 
 class Objective(enum.IntEnum):
-    """What a question's update learns from: its rollouts (RL) or its demonstration (SFT)."""
+    """What a question's update learns from."""
 
-    RL = 0
-    SFT = 1
+    RL = 0  # its rollouts
+    SFT = 1  # its demonstration
+    OFF_POLICY = 2  # its demonstration, as a rollout that somebody else made
+    BOTH = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +71,16 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Question:
-    """An example with its tokens. `demonstration_tokens` ends with the stop token."""
+    """An example with its tokens. `demonstration_tokens` ends with the stop token.
+
+    Args
+      demonstration_logprobs: of those tokens, by the model that wrote them; nats; None if not known.
+    """
 
     example: Example
     prompt_tokens: Int[np.ndarray, " p"]
     demonstration_tokens: Int[np.ndarray, " c"]
+    demonstration_logprobs: Float[np.ndarray, " c"] | None = None
 
     @property
     def question_id(self) -> int:
@@ -115,6 +122,7 @@ class Sample:
       pair_id: samples that need each other in one forward pass share it (a bundle the packer never splits); -1: none.
       temperature: the log-probs of this sample are those of logits / temperature.
       decode_shape: the compiled shape that sampled it (contract 4), empty for demonstrations.
+      demonstration_logprobs: of a demonstration's tokens, by the model that wrote it; nats; None if not stored.
     """
 
     sample_id: SampleId
@@ -130,6 +138,7 @@ class Sample:
     pair_id: int = -1
     temperature: float = 1.0
     decode_shape: str = ""
+    demonstration_logprobs: Float[np.ndarray, " c"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

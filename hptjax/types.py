@@ -39,11 +39,13 @@ class MicroBatch:
       positions: restart at 0 in each segment.
       completion_mask: True on live tokens.
       planes: term name -> its weights and advantages; the names are static.
-      sampler_logprobs, rollout_logprobs, reference_logprobs: nats; zeros where a method does not need them.
+      sampler_logprobs, rollout_logprobs, reference_logprobs, teacher_logprobs, demonstration_logprobs: nats; zeros
+        where a method does not need them.
       temperature: per segment; 1 for demonstrations and empty segments.
       sample_index: per segment, the place in the update's flat list; -1 where there is no segment.
       sample_hash: per segment, 64 mixed bits of the sample's id, as two words; noise is keyed by it. 0 if no segment.
       source: per segment, a `Source`; -1 where there is no segment.
+      pair_ids: per segment, 1 upwards; the segments of a row that are compared with each other share it; 0: none.
       micro_index: which micro-batch of its update this is, 0 upwards.
       planned_tokens: live tokens of every micro-batch of the update, counted on the host from the samples, not from
         the packed arrays; zeros past the last. The witness is compared with it.
@@ -67,6 +69,9 @@ class MicroBatch:
     micro_index: Int[Array, ""]
     planned_tokens: Int[Array, " M"]
     planned_digest: UInt32[Array, "M 2"]
+    teacher_logprobs: Float[Array, "B T"] | None = None
+    demonstration_logprobs: Float[Array, "B T"] | None = None
+    pair_ids: Int[Array, "B S"] | None = None
 
 
 @struct.dataclass

@@ -14,7 +14,7 @@ from hptjax.train.jsonl import read_rows
 from tests import tiny
 from tests.test_config import changed
 
-ARMS = ("hpt", "sft", "grpo", "sft_then_rl")
+ARMS = ("hpt", "sft", "dr_grpo", "sft_then_rl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def compared(tmp_path_factory):
     train = build.train
 
     def stopped_at_grpo(arm_config, **options):
-        if arm_config.name.startswith("grpo"):
+        if arm_config.name.startswith("dr_grpo"):
             raise SystemExit(0)
         return train(arm_config, **options)
 
@@ -72,7 +72,7 @@ def test_compare_continued_runs_nothing_twice(compared):
     assert {path.parent.name for path in compared.finished_before} == {"hpt-seed0", "sft-seed0"}
     for path, (content, changed_at) in compared.finished_before.items():
         assert (path.read_bytes(), path.stat().st_mtime_ns) == (content, changed_at)
-    assert compared.started == ["grpo-seed0", "sft_then_rl-seed0"]
+    assert compared.started == ["dr_grpo-seed0", "sft_then_rl-seed0"]
 
 
 def test_compare_table_has_every_arm_on_every_axis(compared):
@@ -123,12 +123,12 @@ def test_compare_every_arm_starts_from_the_same_base(compared):
 
 def test_compare_arms_differ_in_method_only(compared):
     configs = {arm: json.loads((compared.root / f"{arm}-seed0" / "config.json").read_text()) for arm in ARMS}
-    assert [configs[arm]["method"] for arm in ARMS] == ["hpt", "sft", "grpo", "grpo"]
+    assert [configs[arm]["method"] for arm in ARMS] == ["hpt", "sft", "dr_grpo", "dr_grpo"]
     assert [stage["method"] for stage in configs["sft_then_rl"]["stages"]] == ["sft"]
     for section in ("seed", "model", "task", "data", "rollout", "hpt", "batch", "optimizer"):
         assert all(configs[arm][section] == configs["hpt"][section] for arm in ARMS)
 
 
 def test_compare_refuses_an_unknown_arm(tmp_path):
-    with pytest.raises(ValueError, match=r"got ppo; change --arms"):
-        compare.compare(tiny.tiny_config(tmp_path), arms=("hpt", "ppo"), seeds=1)
+    with pytest.raises(ValueError, match=r"got ddpo; change --arms"):
+        compare.compare(tiny.tiny_config(tmp_path), arms=("hpt", "ddpo"), seeds=1)

@@ -14,6 +14,7 @@ from hptjax.config import Config, RewardFunction, RuleConfig, StageConfig, chang
 from hptjax.config_batch import micro_batches_needed, samples_per_update
 from hptjax.config_check import check
 from hptjax.config_load import load_config, read_file
+from hptjax.config_methods import SoftRow
 
 SMALLEST = '[model]\ntokenizer = "somewhere"\n'
 
@@ -98,6 +99,8 @@ def other_value(hint: typing.Any, value: typing.Any) -> tuple[list[str], typing.
         return ['[{method = "sft", steps = 3, learning_rate = 1}]'], (StageConfig("sft", 3, 1.0),)
     if hint == tuple[RewardFunction, ...]:
         return ['[{name = "other", weight = 2.5}]'], (RewardFunction("other", 2.5),)
+    if hint == tuple[SoftRow, ...]:
+        return ["[{rl = 0, off = 0.5, sft = 1}]"], (SoftRow(0.0, 0.5, 1.0),)
     if hint == tuple[RuleConfig, ...]:
         return ['[{axis = "embed", over = ["data", "fsdp"]}]'], (RuleConfig("embed", ("data", "fsdp")),)
     if typing.get_origin(hint) is tuple:
@@ -160,7 +163,7 @@ def flatten_attributes(node: typing.Any, prefix: str = "") -> dict[str, typing.A
         ("[train]\nsteps = '3'", ["'train.steps' takes a whole number, got str \"3\""]),
         ("[telemetry]\nplot = 1", ["'telemetry.plot' takes true or false, got int 1"]),
         ("[model]\nremat = true", ['\'model.remat\' takes one of "none", "full"', "got bool true"]),
-        ("method = 'dpo'", ['\'method\' takes one of "hpt", "sft", "grpo", got str "dpo"']),
+        ("method = 'ddpo'", ["'method' takes one of", '"hpt"', '"luffy"', 'got str "ddpo"']),
         ("[rollout]\nprompt_buckets = 8", ["'rollout.prompt_buckets' takes a list", "got int 8"]),
         ("[rollout]\nprompt_buckets = [8, 'x']", ["'rollout.prompt_buckets.1' takes a whole number"]),
         ("[optimizer]\nclip_norm = 'none'", ["'optimizer.clip_norm' takes a number", 'got str "none"']),

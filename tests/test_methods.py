@@ -30,8 +30,8 @@ def gradient(parts, samples, *, method="hpt", **hpt):
         put_micro_batch(parts.policy.mesh, micro_batch)
         for micro_batch in stage.assemble(samples, frozenset()).micro_batches
     ]
-    if stage.add_reference is not None:
-        batches = [stage.add_reference(micro_batch) for micro_batch in batches]
+    if stage.add_frozen is not None:
+        batches = [stage.add_frozen(micro_batch) for micro_batch in batches]
     state = stage.start({"policy": parts.policy.params}, None)
     for micro_batch in batches:
         state = stage.micro_step(state, micro_batch, jax.numpy.asarray(False))
@@ -98,12 +98,16 @@ def test_method_official_weighs_a_rollout_token_by_one_over_length_and_ranks(par
     np.testing.assert_allclose(update.terms["sft"].weight_sum, 2 / 8, rtol=1e-12)
 
 
-def test_method_sft_and_grpo_are_hpt_with_the_gate_at_its_ends(parts):
+def test_method_sft_and_dr_grpo_are_hpt_with_the_gate_at_its_ends(parts):
+    """Under one reducer; each row's own differs by a constant."""
     rng = np.random.default_rng(1)
     demonstrations = mixed_samples(parts.questions.train[:4], 4, rng)
     rollouts = mixed_samples(parts.questions.train[:4], 0, rng)
     assert np.array_equal(gradient(parts, demonstrations, method="sft")[0], gradient(parts, demonstrations, gate=4)[0])
-    assert np.array_equal(gradient(parts, rollouts, method="grpo")[0], gradient(parts, rollouts, gate=-1)[0])
+    assert np.array_equal(
+        gradient(parts, rollouts, method="dr_grpo", preset="separate")[0],
+        gradient(parts, rollouts, gate=-1, preset="separate")[0],
+    )
 
 
 def test_method_overlong_samples_keep_their_group_and_lose_their_weight(parts):

@@ -17,7 +17,7 @@ import jax
 import pytest
 
 from hptjax.build import policy
-from hptjax.build.stages import make_score
+from hptjax.build.frozen import make_score
 from hptjax.cli import as_switch
 from hptjax.config import BatchConfig, Config, DataConfig, MeshConfig, ModelConfig, RolloutConfig, RuleConfig
 from hptjax.config_batch import stage_list

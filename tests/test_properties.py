@@ -17,7 +17,8 @@ import pytest
 from hptjax.build.policy import build_policy
 from hptjax.build.stages import build_stages
 from hptjax.config import ShapeConfig
-from hptjax.hpt.gate import gate, group_rollouts, select_live, solved_counts
+from hptjax.hpt.gate import group_rollouts, solved_counts
+from hptjax.hpt.route import Judged
 from hptjax.models import decoder
 from hptjax.records import Source, Verdict
 from hptjax.sharding.host import to_host
@@ -392,8 +393,7 @@ def test_gate_minus_one_is_the_stand_alone_dr_grpo_gradient_property_26(made, by
     rollouts = [dataclasses.replace(s, solved=False) if s.sample_id in unsolved else s for s in rollouts]
     groups = group_rollouts(rollouts)
     counts = solved_counts([question.question_id for question in questions], groups)
-    live = select_live(questions, groups, gate(counts, threshold=stage.threshold, group_size=GROUP))
-    assert stage.threshold == -1
+    live = stage.route(Judged(questions, groups, counts, visit=0)).live
     assert len(live) == 16
     plan = scored(made, stage, batches(stage, live))
     advantages = np.zeros(len(live))

@@ -140,11 +140,11 @@ def build_judge(config: Config, task: Task, tokenizer: Any, pool: RewardPool) ->
     return judge
 
 
-def build_requests(config: Config, stop_ids: frozenset[int]) -> MakeRequests:
-    """A group of `rollout.group_size` requests per question, keyed by question, visit and index."""
+def build_requests(config: Config, stop_ids: frozenset[int], *, count: int) -> MakeRequests:
+    """A group of `count` requests per question, keyed by question, visit and index."""
     rollout = config.rollout
     return request_maker(
-        count=rollout.group_size,
+        count=count,
         max_completion_tokens=rollout.max_completion_tokens,
         stop_ids=stop_ids,
         temperature=rollout.temperature,

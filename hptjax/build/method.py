@@ -7,18 +7,29 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from hptjax.config import Config, HptConfig, Method
+from hptjax.build.logical import logical_partition
+from hptjax.build.rows import chosen_row
+from hptjax.config import Config, HptConfig
+from hptjax.config_methods import MethodName
+from hptjax.hpt.method import DEMONSTRATIONS, ROLLOUTS, Method, Part, Share, all_needs
+from hptjax.hpt.methods import METHODS, Options
 from hptjax.hpt.terms import Term
 from hptjax.losses import kl, reducers, table
 from hptjax.losses.advantages import ones
 from hptjax.losses.entropy import entropy_token_loss
+from hptjax.losses.estimator import Estimator, ExtraTerm, Need
 from hptjax.losses.stability import everywhere
-from hptjax.records import Sample, SampleId, Source
+from hptjax.losses.view import TokenView, stored
+from hptjax.records import Sample, SampleId
 from hptjax.train.objective import TokenLoss
+from hptjax.types import Array
 
-ROLLOUTS = frozenset({Source.ROLLOUT, Source.PREFIX})
-DEMONSTRATIONS = frozenset({Source.DEMONSTRATION})
-KL_TOKEN_LOSS = {"k1": kl.k1_token_loss, "k2": kl.k2_token_loss, "k3": kl.k3_token_loss}
+KL_TOKEN_LOSS = {
+    "k1": kl.k1_token_loss,
+    "k2": kl.k2_token_loss,
+    "k3": kl.k3_token_loss,
+    "k3_plus": kl.k3_plus_token_loss,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,130 +37,212 @@ class Recipe:
     """A method, resolved.
 
     Args
-      threshold: of the gate. rolls_out: whether rollouts decide anything.
-      terms, token_losses: the host and the device side of each plane, by the same names.
-      estimator: the RL row of the table. scores: whether a score pass gives `rollout_logprobs`.
-      reads_reference: whether a frozen reference model is scored. wants_entropy: whether a term needs the entropy.
+      method: its row, with the config's penalties and bonuses beside its own parts.
+      terms: steps done in the stage -> the host side of each plane; token_losses: the device side, by the same names.
+      scores: whether a score pass gives `rollout_logprobs`.
+      needs: what the parts read beside the policy and a reward.
       partition: samples -> logical micro-batch per sample, for the preset that needs one.
     """
 
-    threshold: int
-    rolls_out: bool
-    terms: tuple[Term, ...]
+    method: Method
+    terms: Callable[[int], tuple[Term, ...]]
     token_losses: Mapping[str, TokenLoss]
-    estimator: table.Estimator
     scores: bool
-    reads_reference: bool
-    wants_entropy: bool
+    needs: frozenset[Need]
     partition: Callable[[Sequence[Sample]], dict[SampleId, int]] | None
 
 
-def build_recipe(config: Config, method: Method, questions_per_step: int) -> Recipe:
-    """The recipe of a stage. `sft` is HPT with every question gated, `grpo` is HPT with none."""
-    hpt, group_size = config.hpt, config.rollout.group_size
-    threshold = {"hpt": hpt.gate, "sft": group_size, "grpo": -1}[method]
-    estimator = build_estimator(hpt)
-    scores = config.train.updates_per_rollout_batch > 1 and estimator.reads_rollout_logprobs
-    rl, sft, over_all = _reducers(config, questions_per_step)
+def build_recipe(config: Config, name: MethodName, questions_per_step: int) -> Recipe:
+    """The recipe of a stage. Raises ValueError where what the method needs is not there, with all that is missing."""
+    hpt = config.hpt
+    method = METHODS[name](options(config))
+    parts = (*(_with_choices(part, config) for part in method.parts if part.name != "kl"), *_beside(config, method))
+    method = dataclasses.replace(method, parts=parts)
+    needs = all_needs(method) | (frozenset({Need.REFERENCE_LOGPROBS}) if hpt.kl_in == "reward" else frozenset())
+    check_needs(config, name, needs)
+    rows = [part.row for part in parts if isinstance(part.row, Estimator)]
+    scores = config.train.updates_per_rollout_batch > 1 and any(row.reads_rollout_logprobs for row in rows)
     together = ROLLOUTS | DEMONSTRATIONS if hpt.preset == "joint" else None
-    terms: list[Term] = []
-    losses: dict[str, TokenLoss] = {}
-    if threshold < group_size:
-        terms.append(Term("rl", ROLLOUTS, hpt.rl_coefficient, rl, estimator.advantage, normalised_over=together))
-        losses["rl"] = _policy_loss(estimator, scores)
-        if hpt.kl_coefficient > 0:
-            terms.append(Term("kl", ROLLOUTS, hpt.kl_coefficient, rl, ones, normalised_over=together))
-            token_loss = KL_TOKEN_LOSS[hpt.kl_estimator]
-            losses["kl"] = lambda view, advantages: token_loss(view.logprobs, view.reference_logprobs)
-    if threshold >= 0:
-        terms.append(
-            Term("sft", DEMONSTRATIONS, hpt.sft_coefficient, sft, table.SFT.advantage, normalised_over=together)
+    shares = {part.name: _reducer(part, config, questions_per_step) for part in parts}
+    penalty = hpt.kl_coefficient or 0.0 if hpt.kl_in == "reward" else 0.0
+
+    def terms(step: int) -> tuple[Term, ...]:
+        return tuple(
+            Term(
+                part.name,
+                part.sources,
+                part.coefficient * (1.0 if part.schedule is None else part.schedule(step)),
+                shares[part.name],
+                part.row.advantage if isinstance(part.row, Estimator) else ones,
+                token_advantage=part.row.token_advantage if isinstance(part.row, Estimator) else None,
+                normalised_over=together,
+                judged_with=part.judged_with,
+            )
+            for part in parts
         )
-        losses["sft"] = _policy_loss(table.SFT, scores)
-    if hpt.entropy_coefficient > 0:
-        sources = ROLLOUTS | DEMONSTRATIONS if hpt.entropy_on_demonstrations else ROLLOUTS
-        terms.append(Term("entropy", sources, hpt.entropy_coefficient, over_all, ones, normalised_over=together))
-        losses["entropy"] = lambda view, advantages: entropy_token_loss(view.entropy)
+
     return Recipe(
-        threshold=threshold,
-        rolls_out=threshold < group_size,
-        terms=tuple(terms),
-        token_losses=losses,
-        estimator=estimator,
+        method=method,
+        terms=terms,
+        token_losses={part.name: _token_loss(part, scores, penalty if part.kind == "rl" else 0.0) for part in parts},
         scores=scores,
-        reads_reference="kl" in losses,
-        wants_entropy="entropy" in losses,
-        partition=_partition(hpt) if hpt.preset == "official" else None,
+        needs=needs,
+        partition=logical_partition(hpt.ranks, hpt.logical_micro_tokens) if hpt.preset == "official" else None,
     )
 
 
-def build_estimator(hpt: HptConfig) -> table.Estimator:
-    """The RL row that the config names, with its clip."""
-    clip = None if hpt.clip_low is None or hpt.clip_high is None else (hpt.clip_low, hpt.clip_high)
-    if hpt.rl_estimator == "dr_grpo":
-        return table.DR_GRPO(clip)
-    if hpt.rl_estimator == "reinforce":
-        return table.REINFORCE
-    return (table.GRPO if hpt.rl_estimator == "grpo" else table.PPO)(clip or (0.2, 0.2))
+def options(config: Config) -> Options:
+    """The options of the methods, as the config sets them."""
+    hpt, constants = config.hpt, dataclasses.asdict(config.methods)
+    constants["srft_sign"] = -1 if config.methods.srft_sign == "minus" else 1
+    constants["soft_table"] = tuple((row.rl, row.off, row.sft) for row in config.methods.soft_table)
+    return Options(
+        group_size=config.rollout.group_size,
+        seed=config.seed,
+        gate=hpt.gate,
+        rollout_row=hpt.rl_estimator,
+        clip=None if hpt.clip_low is None or hpt.clip_high is None else (hpt.clip_low, hpt.clip_high),
+        **constants,
+    )
 
 
-def _policy_loss(estimator: table.Estimator, scored: bool) -> TokenLoss:
-    """The row's token loss; without a score pass the rollout policy is the current one, at ratio exactly 1."""
+def met_needs(config: Config) -> frozenset[Need]:
+    """What the config provides. Log-probs of trainer and sampler, entropy and pairs of rollouts are always there."""
+    provided = {
+        Need.DEMONSTRATIONS: config.data.demonstrations,
+        Need.GROUPS: config.rollout.group_size > 1,
+        Need.PAIRS: config.rollout.group_size > 1,
+        Need.REFERENCE_LOGPROBS: config.model.reference is not None,
+        Need.TEACHER_LOGPROBS: config.model.teacher is not None,
+        Need.DEMONSTRATION_LOGPROBS: config.model.demonstration_author is not None,
+    }
+    return frozenset(need for need in Need if provided.get(need, True))
 
-    def token_loss(view, advantages):
+
+REMEDY = {
+    Need.DEMONSTRATIONS: "data.demonstrations",
+    Need.GROUPS: "rollout.group_size (2 or more)",
+    Need.PAIRS: "rollout.group_size (2 or more)",
+    Need.REFERENCE_LOGPROBS: "model.reference",
+    Need.TEACHER_LOGPROBS: "model.teacher",
+    Need.DEMONSTRATION_LOGPROBS: "model.demonstration_author",
+}
+"""The config field that provides a need."""
+
+
+def check_needs(config: Config, name: str, needs: frozenset[Need]) -> None:
+    """Nothing, where everything that a method reads is there. Raises ValueError with the list of what is missing."""
+    met = met_needs(config)
+    missing = [need for need in Need if need in needs - met]
+    if missing:
+        wanted = "; ".join(f"{need.value} (set {REMEDY[need]})" for need in missing)
+        raise ValueError(f"method {name!r} needs what this config does not provide: {wanted}")
+
+
+def _with_choices(part: Part, config: Config) -> Part:
+    """The part with the config's coefficient, clip and sampler correction."""
+    hpt = config.hpt
+    factor = {"rl": hpt.rl_coefficient, "sft": hpt.sft_coefficient, "beside": 1.0}[part.kind]
+    row = part.row
+    if isinstance(row, Estimator) and part.sources == ROLLOUTS:
+        row = chosen_row(row, hpt)
+    return dataclasses.replace(part, row=row, coefficient=factor * part.coefficient)
+
+
+def _beside(config: Config, method: Method) -> tuple[Part, ...]:
+    """The KL penalty and the entropy bonus: the config's, or the penalty that the method is published with."""
+    hpt = config.hpt
+    published = [part for part in method.parts if part.name == "kl"]
+    rl = next((part for part in method.parts if part.name == "rl"), None)
+    parts: list[Part] = []
+    if hpt.kl_coefficient is None:
+        parts += published
+    elif hpt.kl_coefficient > 0 and hpt.kl_in == "loss" and rl is not None:
+        row = ExtraTerm("kl", _to_reference(hpt), 1.0, frozenset({Need.REFERENCE_LOGPROBS}))
+        parts.append(
+            Part(
+                name="kl",
+                row=row,
+                sources=ROLLOUTS,
+                kind="beside",
+                reducer=rl.reducer,
+                coefficient=hpt.kl_coefficient,
+            )
+        )
+    if hpt.entropy_coefficient > 0:
+        row = ExtraTerm("entropy", lambda view: entropy_token_loss(view.entropy), 1.0, frozenset({Need.ENTROPY}))
+        parts.append(
+            Part(
+                name="entropy",
+                row=row,
+                sources=ROLLOUTS | DEMONSTRATIONS if hpt.entropy_on_demonstrations else ROLLOUTS,
+                kind="beside",
+                reducer="token_mean",
+                coefficient=hpt.entropy_coefficient,
+            )
+        )
+    return tuple(parts)
+
+
+def _to_reference(hpt: HptConfig) -> Callable[[TokenView], Array]:
+    token_loss = KL_TOKEN_LOSS[hpt.kl_estimator]
+    return lambda view: token_loss(view.logprobs, stored(view.reference_logprobs, "reference_logprobs"))
+
+
+def _token_loss(part: Part, scored: bool, reward_penalty: float) -> TokenLoss:
+    """The part's token loss; without a score pass the rollout policy is the current one, at ratio exactly 1.
+
+    Args
+      reward_penalty: beta of a KL in the reward: the advantage of a token loses beta x (logp - reference_logprobs).
+    """
+    row = part.row
+    if isinstance(row, ExtraTerm):
+        term = row.token_loss
+        return lambda view, advantages: term(view)
+
+    def token_loss(view: TokenView, advantages: Array) -> Array:
         if not scored:
             view = dataclasses.replace(view, rollout_logprobs=jax.lax.stop_gradient(view.logprobs))
-        return table.policy_token_loss(estimator, view, advantages)
+        if reward_penalty:
+            reference = stored(view.reference_logprobs, "reference_logprobs")
+            advantages = advantages - reward_penalty * jax.lax.stop_gradient(kl.k1(view.logprobs, reference))
+        return table.policy_token_loss(row, view, advantages)
 
     return token_loss
 
 
-def clips(recipe: Recipe) -> bool:
-    """Whether tokens of this recipe can be masked by their ratio."""
-    return recipe.scores and recipe.estimator.stability_mask is not everywhere
+def stability_mask(recipe: Recipe) -> Callable[[TokenView, Array], Array] | None:
+    """The mask of the rollouts' part, where tokens can be masked by their ratio; its share is reported."""
+    row = next((part.row for part in recipe.method.parts if part.name == "rl"), None)
+    if not recipe.scores or not isinstance(row, Estimator) or row.stability_mask is everywhere:
+        return None
+    return row.stability_mask
 
 
-def _reducers(config: Config, questions_per_step: int) -> tuple[reducers.Reducer, reducers.Reducer, reducers.Reducer]:
-    """The preset's reducers for RL, for SFT, and for the entropy of all completion tokens (design contract 5).
+def _reducer(part: Part, config: Config, questions_per_step: int) -> reducers.Reducer:
+    """How a part's tokens share its coefficient: the preset's way (design contract 5), or the row's own.
 
     "separate" and "joint" take token means of the term's own population or of all populations together, which the
     terms say themselves (`Term.normalised_over`).
     """
     hpt, tokens = config.hpt, config.rollout.max_completion_tokens
     updates = config.train.updates_per_rollout_batch
-    if hpt.preset == "official_fixed":
-        rows = questions_per_step * config.rollout.group_size // updates
-        return reducers.official_fixed_rl(tokens, rows), reducers.official_fixed_sft, reducers.token_mean
-    if hpt.preset == "official":
-        demonstrations = reducers.official_sft(hpt.ranks)
-        return reducers.official_rl(tokens, hpt.ranks), demonstrations, demonstrations
-    if hpt.preset in ("separate", "joint"):
-        return reducers.token_mean, reducers.token_mean, reducers.token_mean
     questions = questions_per_step // updates
-    return reducers.paper_rl(questions), reducers.paper_sft(questions), reducers.token_mean
+    like_sft = part.kind == "sft" or part.name == "entropy"
+    if hpt.preset == "official_fixed":
+        return _published(part.reducer, tokens, questions_per_step * config.rollout.group_size // updates)
+    if hpt.preset == "official":
+        return reducers.official_sft(hpt.ranks) if like_sft else reducers.official_rl(tokens, hpt.ranks)
+    if hpt.preset in ("separate", "joint") or part.name == "entropy":
+        return reducers.token_mean
+    return reducers.paper_sft(questions) if like_sft else reducers.paper_rl(questions)
 
 
-def _partition(hpt: HptConfig) -> Callable[[Sequence[Sample]], dict[SampleId, int]]:
-    """Samples to logical micro-batches: dealt to the ranks by length, then filled up to a token budget.
-
-    The published script balances ranks by the Karmarkar-Karp method; this deal of the sorted samples is simpler and
-    gives other, equally arbitrary, neighbours. The formulas take any partition.
-    """
-
-    def partition(samples: Sequence[Sample]) -> dict[SampleId, int]:
-        def length(sample: Sample) -> int:
-            return len(sample.prompt_tokens) + len(sample.completion_tokens)
-
-        ordered = sorted(samples, key=lambda sample: (-length(sample), sample.sample_id))
-        places: dict[SampleId, int] = {}
-        used = 0
-        for rank in range(hpt.ranks):
-            room = 0
-            for sample in ordered[rank :: hpt.ranks]:
-                if length(sample) > room:
-                    used, room = used + 1, hpt.logical_micro_tokens
-                places[sample.sample_id] = used
-                room -= length(sample)
-        return places
-
-    return partition
+def _published(name: Share, max_tokens: int, rollout_rows: int) -> reducers.Reducer:
+    return {
+        "token_mean": reducers.token_mean,
+        "seq_mean_token_mean": reducers.seq_mean_token_mean,
+        "seq_mean_token_sum": reducers.seq_mean_token_sum,
+        "dr_grpo": reducers.dr_grpo(max_tokens),
+        "official_fixed_rl": reducers.official_fixed_rl(max_tokens, rollout_rows),
+    }[name]

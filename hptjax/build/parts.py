@@ -13,6 +13,7 @@ import jax
 
 from hptjax.build.data import Questions, build_judge, build_questions, build_task
 from hptjax.build.evaluation import Evaluator, build_evaluator
+from hptjax.build.frozen import with_author_logprobs
 from hptjax.build.policy import Policy, build_policy
 from hptjax.config import Config, resolved
 from hptjax.records import Judge, Question, Sample, Verdict
@@ -47,6 +48,9 @@ def open_parts(config: Config) -> Iterator[Parts]:
     task = build_task(config.task)
     with RewardPool(workers=config.reward.workers, deadline_s=config.reward.deadline_s) as pool:
         questions = build_questions(config, task, policy.tokenizer, pool)
+        if config.model.demonstration_author is not None:
+            phase("scoring the demonstrations")
+            questions = dataclasses.replace(questions, train=with_author_logprobs(config, policy, questions.train))
         if several():
             _check_same_questions(questions)
         judge = _judge_in_shares(build_judge(config, task, policy.tokenizer, pool))
@@ -99,7 +103,7 @@ def fingerprint(parts: Parts) -> dict[str, Any]:
         "model": dataclasses.asdict(parts.policy.config),
         "base_weights": None if config.model.path is None else files_digest(Path(config.model.path), "*.safetensors"),
         "tokenizer": files_digest(Path(tokenizer), "tokenizer.json"),
-        "config": resolved(config)["hpt"],
+        "config": {name: resolved(config)[name] for name in ("hpt", "methods")},
         "seed": config.seed,
     }
 

@@ -13,13 +13,16 @@ import optax
 from jax.sharding import Mesh
 
 from hptjax.build.data import build_requests
-from hptjax.build.method import Recipe, build_recipe, clips
+from hptjax.build.frozen import add_frozen, make_score
+from hptjax.build.method import Recipe, build_recipe, stability_mask
 from hptjax.build.policy import Policy
 from hptjax.config import Config, StageConfig
 from hptjax.config_batch import stage_list
 from hptjax.data.stream import QuestionStream
 from hptjax.data.tokenizer import stop_ids
 from hptjax.hpt.assemble import Update, assemble
+from hptjax.hpt.route import Routed
+from hptjax.losses.estimator import Need
 from hptjax.records import Question, Sample, SampleId
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import one_at_a_time
@@ -55,30 +58,29 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
 
     scorer = one_at_a_time(policy.mesh, jax.jit(make_score(policy.token_stats)))
 
-    def add_reference(micro_batch: MicroBatch) -> MicroBatch:
-        # the parameters that the run starts from are never donated: `start` copies them
-        return dataclasses.replace(micro_batch, reference_logprobs=scorer(policy.params, micro_batch))
-
     return Stage(
         name=stage.method,
         steps=stage.steps,
         # every process sees all questions of a step: together they run one program on them
         stream=QuestionStream(train, questions_per_step=questions, seed=config.seed + index * STAGE_SEED_STRIDE),
         first_round=index * ROUNDS_PER_STAGE,
-        threshold=recipe.threshold,
-        group_size=config.rollout.group_size,
-        rolls_out=recipe.rolls_out,
+        route=recipe.method.route,
+        group_size=recipe.method.rollouts,
+        rolls_out=recipe.method.rollouts > 0,
+        rewards_demonstrations=recipe.method.rewards_demonstrations,
         updates_per_step=config.train.updates_per_rollout_batch,
-        mask_overlong=config.hpt.mask_overlong,
+        mask_overlong=config.hpt.mask_overlong or recipe.method.mask_overlong,
         nonfinite=config.optimizer.nonfinite,
         clip_norm=config.optimizer.clip_norm,
         start=start,
         micro_step=step.micro_step,
-        make_requests=build_requests(config, stop_ids(policy.tokenizer, config.rollout.stop_ids)),
+        make_requests=build_requests(
+            config, stop_ids(policy.tokenizer, config.rollout.stop_ids), count=recipe.method.rollouts
+        ),
         assemble=_assembler(config, recipe),
         learning_rate=lambda optimizer_step: float(to_host(step.schedule(optimizer_step))),
         score=scorer if recipe.scores else None,
-        add_reference=add_reference if recipe.reads_reference else None,
+        add_frozen=add_frozen(config, policy, scorer, recipe.needs),
         probe=_probe(policy.mesh, step.losses),
     )
 
@@ -117,10 +119,10 @@ def build_step(
     """
     recipe = build_recipe(config, stage.method, stage.questions_per_step or config.data.questions_per_step)
     losses = make_losses(
-        token_stats(recipe.wants_entropy),
+        token_stats(Need.ENTROPY in recipe.needs),
         recipe.token_losses,
         scored=recipe.scores,
-        stability_mask=recipe.estimator.stability_mask if clips(recipe) else None,
+        stability_mask=stability_mask(recipe),
     )
     schedule = _schedule(config, stage)
     optimizers = {"policy": _optimizer(config, schedule)}
@@ -142,28 +144,22 @@ def build_step(
     return Step(recipe, losses, schedule, empty, fresh, state, places, jit_step(micro_step, places))
 
 
-def make_score(token_stats: Callable[[bool], TokenStatsFn]) -> Callable[[Params, MicroBatch], Any]:
-    """The score pass: parameters and a micro-batch -> log-probs of its target tokens."""
-    stats = token_stats(False)
-
-    def score(params: Params, micro_batch: MicroBatch) -> Any:
-        return stats(params, micro_batch).logprobs
-
-    return score
-
-
-def _assembler(config: Config, recipe: Recipe) -> Callable[[Sequence[Sample], frozenset[SampleId]], Update]:
+def _assembler(config: Config, recipe: Recipe) -> Callable[..., Update]:
     batch = config.batch
 
-    def assembler(samples: Sequence[Sample], dead: frozenset[SampleId]) -> Update:
+    def assembler(
+        samples: Sequence[Sample], dead: frozenset[SampleId], routed: Routed | None = None, step: int = 0
+    ) -> Update:
         return assemble(
             samples,
-            recipe.terms,
+            recipe.terms(step),
             rows=batch.rows,
             row_tokens=batch.row_tokens,
             max_segments=batch.max_segments,
             max_micro_batches=batch.max_micro_batches,
             dead=dead,
+            scales=None if routed is None else routed.scales,
+            advantages=None if routed is None else routed.advantages,
             partition=None if recipe.partition is None else recipe.partition(samples),
         )
 

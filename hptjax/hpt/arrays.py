@@ -58,7 +58,10 @@ def micro_batch_arrays(
         return array.reshape(len(layout), rows, row_tokens)
 
     inputs, targets, positions, segment_ids = (positions_array(np.int32) for _ in range(4))
-    sampler_logprobs, mask = positions_array(np.float32), positions_array(np.bool_)
+    sampler_logprobs, author_logprobs, mask = (
+        *(positions_array(np.float32) for _ in range(2)),
+        positions_array(np.bool_),
+    )
     if count:
         stream = np.concatenate([part for s in samples for part in (s.prompt_tokens, s.completion_tokens)])
         first = np.cumsum(prompts + completions) - (prompts + completions)
@@ -66,7 +69,9 @@ def micro_batch_arrays(
         inputs[where], targets[where] = stream[whence], stream[whence + 1]
         positions[where] = _runs(np.zeros(count, np.int64), lengths)
         segment_ids[where] = np.repeat(segment % max_segments + 1, lengths)
-        sampler_logprobs[_runs(base + prompts - 1, completions)] = np.concatenate([s.sampler_logprobs for s in samples])
+        written = _runs(base + prompts - 1, completions)
+        sampler_logprobs[written] = np.concatenate([s.sampler_logprobs for s in samples])
+        author_logprobs[written] = np.concatenate([_author_logprobs(s) for s in samples])
     planes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name, value in values.items():
         run = value.stop - value.start
@@ -85,7 +90,8 @@ def micro_batch_arrays(
     sample_index = segments_array(-1, np.int32, np.arange(count))
     hashes = segments_array(0, np.uint32, sample_hashes)
     source = segments_array(-1, np.int32, np.asarray([int(s.source) for s in samples], np.int32))
-    rollout_logprobs, reference_logprobs = cut(positions_array(np.float32)), cut(positions_array(np.float32))
+    pair_ids = segments_array(0, np.int32, _pairs_by_seat(samples, segment, max_segments))
+    unscored = cut(positions_array(np.float32))
     return tuple(
         MicroBatch(
             input_tokens=cut(inputs)[m],
@@ -95,12 +101,15 @@ def micro_batch_arrays(
             completion_mask=cut(mask)[m],
             planes={name: TermPlane(weights=w[m], advantages=a[m]) for name, (w, a) in planes.items()},
             sampler_logprobs=cut(sampler_logprobs)[m],
-            rollout_logprobs=rollout_logprobs[m],
-            reference_logprobs=reference_logprobs[m],
+            rollout_logprobs=unscored[m],
+            reference_logprobs=unscored[m],
+            teacher_logprobs=unscored[m],
+            demonstration_logprobs=cut(author_logprobs)[m],
             temperature=temperatures[m],
             sample_index=sample_index[m],
             sample_hash=hashes[m],
             source=source[m],
+            pair_ids=pair_ids[m],
             micro_index=np.asarray(m, np.int32),
             planned_tokens=planned_tokens,
             planned_digest=planned_digest,
@@ -113,3 +122,16 @@ def _runs(starts: Int[np.ndarray, " N"], counts: Int[np.ndarray, " N"]) -> Int[n
     """starts[0], starts[0] + 1, ... (counts[0] of them), then starts[1] ...: many ranges in one array."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
+
+
+def _author_logprobs(sample: Sample) -> np.ndarray:
+    stored = sample.demonstration_logprobs
+    return np.zeros(len(sample.completion_tokens), np.float32) if stored is None else stored
+
+
+def _pairs_by_seat(samples: Sequence[Sample], segment: Int[np.ndarray, " N"], seats: int) -> Int[np.ndarray, " N"]:
+    """A pair's number in its row, the seat of its first member counted from 1; 0 for samples in no pair."""
+    first: dict[int, int] = {}
+    for sample, place in sorted(zip(samples, segment.tolist(), strict=True), key=lambda entry: entry[1]):
+        first.setdefault(sample.pair_id, place % seats + 1)
+    return np.asarray([first[s.pair_id] if s.pair_id >= 0 else 0 for s in samples], np.int32)

@@ -81,6 +81,7 @@ def assemble(
     max_micro_batches: int,
     dead: frozenset[SampleId] = frozenset(),
     advantages: Mapping[str, Mapping[SampleId, GivenAdvantage]] | None = None,
+    scales: Mapping[str, Mapping[SampleId, float]] | None = None,
     partition: Mapping[SampleId, int] | None = None,
 ) -> Update:
     """The update that `samples` and `terms` make: weights from the whole update, then packed micro-batches.
@@ -94,6 +95,7 @@ def assemble(
       rows, row_tokens, max_segments, max_micro_batches: config `batch.*`: B, T, S and M of `MicroBatch`.
       dead: samples that count in the statistics of their group and nowhere else, e.g. overlong ones.
       advantages: term name -> sample id -> given advantage (or one per token of its run), instead of the term's own.
+      scales: term name -> sample id -> factor of its weights, see `term_values`.
       partition: sample id -> logical micro-batch, for reducers that ask for it.
     Raises ValueError, naming the sample or the config field: a repeated sample id or term name, a malformed sample,
       one longer than a row, more micro-batches than `max_micro_batches`, a weight or advantage that is not finite.
@@ -104,13 +106,24 @@ def assemble(
     names = [term.name for term in terms]
     if len(set(names)) != len(names):
         raise ValueError(f"expected terms with different names, got {names}")
-    unknown = sorted(set(advantages or {}) - set(names))
-    if unknown:
-        raise ValueError(f"advantages were given for {unknown}, but the terms are {names}")
+    given, factors = advantages or {}, scales or {}
+    for what, by_term in (("advantages", given), ("scales", factors)):
+        unknown = sorted(set(by_term) - set(names))
+        if unknown:
+            raise ValueError(f"{what} were given for {unknown}, but the terms are {names}")
 
     alive = np.asarray([s.sample_id not in dead for s in ordered], bool)
-    given = advantages or {}
-    values = [term_values(t, ordered, alive, advantages=given.get(t.name), partition=partition) for t in terms]
+    values = [
+        term_values(
+            t,
+            ordered,
+            alive,
+            advantages=given.get(t.name),
+            scales=factors.get(t.name),
+            partition=partition,
+        )
+        for t in terms
+    ]
     active = [v for t, v in zip(terms, values, strict=True) if t.coefficient > 0.0]
     live = live_token_counts(active, len(ordered))
     sources = _source_counts(ordered, live)  # before anything is chosen or packed: what must arrive in the gradient

@@ -85,6 +85,7 @@ def demonstration_sample(question: Question, *, visit: int = 0) -> Sample:
         prompt_tokens=question.prompt_tokens,
         completion_tokens=question.demonstration_tokens,
         sampler_logprobs=np.zeros(len(question.demonstration_tokens), np.float32),
+        demonstration_logprobs=question.demonstration_logprobs,
     )
 
 

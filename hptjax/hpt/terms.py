@@ -67,6 +67,8 @@ class Term:
       normalised_over: samples of these sources stand in the reducer's population beside the members and get no weight
         from it: one token mean over demonstrations and rollouts, say, of which the term is a part. None: the members
         alone.
+      judged_with: samples of these sources share the groups' statistics beside the members: LUFFY and SRFT judge
+        rollouts and demonstration by the mean of both.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Term:
     span: SpanFn = written_span
     normalised_over: frozenset[Source] | None = None
     token_advantage: TokenAdvantageFn | None = None
+    judged_with: frozenset[Source] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,6 +107,7 @@ def term_values(
     alive: Bool[np.ndarray, " N"],
     *,
     advantages: Mapping[SampleId, GivenAdvantage] | None = None,
+    scales: Mapping[SampleId, float] | None = None,
     partition: Mapping[SampleId, int] | None = None,
 ) -> TermValues:
     """Token weights and advantages of a term for every sample of an update.
@@ -116,6 +120,8 @@ def term_values(
       alive: False keeps a sample in its group's statistics and out of the gradient.
       advantages: given values instead of `term.advantage`, for estimators that need more than rewards; one per
         sample, or one per token of its run.
+      scales: factors >= 0 of the weights, by sample; a sample with 0, or without one, is no member. They come after
+        the reducer, like the coefficient. None: every sample has 1.
       partition: sample id -> logical micro-batch, for the reducers that ask for it.
     Raises ValueError for a coefficient, weight or advantage that is negative (not the advantage) or not finite,
       naming term and sample.
@@ -126,7 +132,13 @@ def term_values(
     start, stop = np.zeros(count, np.int64), np.zeros(count, np.int64)
     weights, values = np.zeros(count, np.float64), np.zeros(count, np.float64)
     keep = term.population
-    members = [i for i, s in enumerate(samples) if s.source in term.sources and (keep is None or keep(s))]
+    members = [
+        i
+        for i, s in enumerate(samples)
+        if s.source in term.sources
+        and (keep is None or keep(s))
+        and (scales is None or scales.get(s.sample_id, 0.0) != 0.0)
+    ]
     beside = term.normalised_over or frozenset()
     counted = sorted({*members, *(i for i, s in enumerate(samples) if s.source in beside)})
     for i in counted:
@@ -142,9 +154,11 @@ def term_values(
     if tokens[chosen].any():
         share = term.reducer(_population(samples, normalising, tokens, groups, partition))
         weights[normalising] = term.coefficient * np.asarray(share, np.float64)
+        if scales is not None:
+            weights[chosen] *= [scales[samples[i].sample_id] for i in members]
         mine = [samples[i] for i in members]
         if term.token_advantage is None and not _given_by_token(advantages):
-            values[chosen] = _member_advantages(term, mine, groups[chosen], advantages)
+            values[chosen] = _member_advantages(term, samples, members, groups, advantages)
         else:
             by_token = [np.zeros(0, np.float64)] * count
             per_member = _token_advantages(term, mine, groups[chosen], tokens[chosen], advantages)
@@ -196,14 +210,18 @@ def _given_by_token(given: Mapping[SampleId, GivenAdvantage] | None) -> bool:
 
 def _member_advantages(
     term: Term,
-    members: Sequence[Sample],
+    samples: Sequence[Sample],
+    members: Sequence[int],
     groups: Int[np.ndarray, " N"],
     given: Mapping[SampleId, GivenAdvantage] | None,
-) -> Float[np.ndarray, " N"]:
+) -> Float[np.ndarray, " n"]:
     """The members' advantages: the given ones, or the term's own from the rewards of whole groups."""
     if given is not None:
-        return np.asarray([given[s.sample_id] for s in _all_given(term, members, given)], np.float64)
-    return _from_rewards(term, members, lambda rewards: term.advantage(rewards, groups))
+        mine = [samples[i] for i in members]
+        return np.asarray([given[s.sample_id] for s in _all_given(term, mine, given)], np.float64)
+    judged = sorted({*members, *(i for i, s in enumerate(samples) if s.source in term.judged_with)})
+    values = _from_rewards(term, [samples[i] for i in judged], lambda r: term.advantage(r, groups[judged]))
+    return values[np.searchsorted(judged, members)]
 
 
 def _token_advantages(

@@ -22,18 +22,26 @@
     GMPO             log clip         p / rho              as GRPO                clip mask x rho x A
     SAPO             everywhere       pi_roll / 4 s (1-s)  as GRPO                4 s (1 - s) ratio x A
     DPO              everywhere       p / (beta sigma(-D)) +1 chosen, -1 rejected beta sigma(-D) x A
+    LUFFY_OFF        everywhere       (p + g)^2 / g        R - mean of union      g p / (p + g)^2 x A
+    SRFT_OFF         everywhere       1                    GRPO's, of the union   p x A
+    SRFT_SFT         everywhere       current policy       1                      exp(-H) / 2
+    SRFT_ON          everywhere       current policy       +1 or -1               exp(H) / 10 or -1
+
+The last four are for demonstrations beside rollouts of the same question (union: the rewards of both).
 
 The fourth component, the likelihood, is the same for all: `upge_token_loss`. How tokens are added up (token mean,
 sequence mean, constant ...) is a setting of its own: a row names the published one, see `reducers.py`. A new method is
 a new row. An option is another component: `dataclasses.replace(GRPO(), stability_mask=dual_clip(0.2, 0.2))`, or
 `weights=(token_tis(2.0),)`.
 
-The rows stand in `table_sft.py` and `table_rl.py`; what a row is, in `estimator.py`.
+The rows stand in `table_sft.py`, `table_rl.py` and `table_hybrid.py`; what a row is, in `estimator.py`; and
+`hpt/methods.py` makes methods of them.
 """
 
 from __future__ import annotations
 
 from hptjax.losses.estimator import Estimator, ExtraTerm, Need, missing_needs, policy_token_loss
+from hptjax.losses.table_hybrid import LUFFY_OFF, SRFT_OFF, SRFT_ON, SRFT_SFT
 from hptjax.losses.table_rl import (
     CISPO,
     CISPO_TABLE,
@@ -64,6 +72,7 @@ __all__ = [
     "GRPO",
     "GSPO",
     "IMPLICIT_REWARD",
+    "LUFFY_OFF",
     "PEAR_BLOCK",
     "PEAR_SEQUENCE",
     "PEAR_TOKEN",
@@ -73,6 +82,9 @@ __all__ = [
     "RLOO",
     "SAPO",
     "SFT",
+    "SRFT_OFF",
+    "SRFT_ON",
+    "SRFT_SFT",
     "TRSFT",
     "Clip",
     "Estimator",

@@ -90,6 +90,11 @@ def entropy_weight(scale: float, sign: int) -> TokenFn:
     return weight
 
 
+def where_positive(weight: TokenFn) -> TokenFn:
+    """Makes `weight` where the advantage is positive and 1 elsewhere."""
+    return lambda view, advantages: jnp.where(advantages > 0, weight(view, advantages), 1)
+
+
 def top_entropy(threshold: Float[Array, ""] | float) -> TokenFn:
     """Makes 1 where the entropy is at least `threshold`, else 0.
 

@@ -14,6 +14,7 @@ from typing import Any
 from hptjax.build.mesh import check_mesh
 from hptjax.config import Config, StageConfig
 from hptjax.config_batch import mesh_sizes, micro_batches_needed, samples_per_update, stage_list
+from hptjax.config_methods import learns_from_rollouts
 from hptjax.models.shape import DecoderConfig
 from hptjax.plan.chips import Slices
 from hptjax.plan.compiled import Compiled, compile_program, kept, key_of
@@ -179,7 +180,7 @@ def step_time(config: Config, stage: StageConfig, shape: DecoderConfig, plan: Pl
     samples = samples_per_update(config, method=stage.method, questions=questions)
     micro_batches = micro_batches_needed(config, samples=samples)
     sampled = 0.0
-    if stage.method != "sft":
+    if learns_from_rollouts(stage.method):
         waves, prefills = rollouts_per_step(config, stage)
         calls = -(-config.rollout.max_completion_tokens // config.rollout.tokens_per_call)
         seconds = {name: program.time.seconds for name, program in plan.programs.items()}

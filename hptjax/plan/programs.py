@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from hptjax.build.frozen import make_score
 from hptjax.build.policy import Functions, build_functions
-from hptjax.build.stages import Step, build_step, make_score
+from hptjax.build.stages import Step, build_step
 from hptjax.config import Config, StageConfig
+from hptjax.losses.estimator import Need
 from hptjax.models import decoder
 from hptjax.models.shape import DecoderConfig
 from hptjax.rollout import waves
@@ -71,7 +73,7 @@ def run_programs(config: Config, stage: StageConfig, shape: DecoderConfig, mesh:
         decode_params=decode_params,
         cache=cache,
         lower=lower | rollout,
-        scores=step.recipe.scores or step.recipe.reads_reference,
+        scores=step.recipe.scores or Need.REFERENCE_LOGPROBS in step.recipe.needs,
         copies_weights=model.decode_weights is not None,
     )
 

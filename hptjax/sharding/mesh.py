@@ -30,7 +30,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 REPLICATED_FIELDS = ("micro_index", "planned_tokens", "planned_digest")  # every other field of a micro-batch has rows
-SEGMENT_FIELDS = ("temperature", "sample_index", "sample_hash", "source")  # rows of segments; the others are [B T]
+SEGMENT_FIELDS = (
+    "temperature",
+    "sample_index",
+    "sample_hash",
+    "source",
+    "pair_ids",
+)  # rows of segments; the others are [B T]
 
 
 def make_mesh(

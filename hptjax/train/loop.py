@@ -15,11 +15,12 @@ from contextlib import contextmanager
 
 from hptjax.diagnostics.metrics import merge
 from hptjax.hpt.assemble import Update
+from hptjax.records import Sample
 from hptjax.sharding.agree import check_same
 from hptjax.sharding.peers import phase
 from hptjax.train.ledger import AccumulationError, check, ledger_row
 from hptjax.train.open_step import OpenStep
-from hptjax.train.phases import assemble_updates, gate_step, judge_rollouts, roll_out
+from hptjax.train.phases import assemble_updates, gate_step, judge_demonstrations, judge_rollouts, roll_out
 from hptjax.train.stage import Cadence, Progress, Stage, World, progress_to_host
 from hptjax.train.state import TrainState
 from hptjax.train.step_metrics import merge_stats, rollout_metrics, update_metrics, visit_metrics
@@ -109,6 +110,7 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
         progress.open_step = OpenStep(step=progress.step, round=visit, questions=list(batch.questions))
     step = progress.open_step
     _stop_here(stage, state, progress, world)
+    demonstrations: dict[int, Sample] = {}
     if stage.rolls_out:
         with _timed(seconds, "rollout"):
             complete = roll_out(
@@ -123,19 +125,24 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
             raise Stopped
         with _timed(seconds, "reward"):
             judge_rollouts(step, world.judge)
+            demonstrations = judge_demonstrations(step, world.judge) if stage.rewards_demonstrations else demonstrations
     with _timed(seconds, "assemble"):
-        gated = gate_step(step, threshold=stage.threshold, group_size=stage.group_size)
+        gated = gate_step(step, route=stage.route, demonstrations=demonstrations)
         updates = assemble_updates(
-            gated, updates=stage.updates_per_step, mask_overlong=stage.mask_overlong, assemble=stage.assemble
+            gated,
+            updates=stage.updates_per_step,
+            stage_step=progress.stage_step,
+            mask_overlong=stage.mask_overlong,
+            assemble=stage.assemble,
         )
         plan = [[update.digest.tolist(), update.planned_tokens.tolist()] for update in updates]
         check_same([step.step, plan], "the plan of the updates", "keep the run folder and report it")
     known = rollout_metrics(step, gated, updates, group_size=stage.group_size, reward_names=world.reward_names)
     rows = [known, {"train/stage": progress.stage}]
     batches = [[world.put(micro_batch) for micro_batch in update.micro_batches] for update in updates]
-    if stage.add_reference is not None:
+    if stage.add_frozen is not None:
         with _timed(seconds, "reference"):
-            batches = [[stage.add_reference(micro_batch) for micro_batch in part] for part in batches]
+            batches = [[stage.add_frozen(micro_batch) for micro_batch in part] for part in batches]
     if stage.score is not None:
         with _timed(seconds, "score"):
             batches = _score(stage, state, step, batches, world)

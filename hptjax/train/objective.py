@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from hptjax.losses.kl import k3
 from hptjax.losses.logprobs import TokenStats
@@ -44,10 +44,20 @@ def token_view(stats: TokenStats, micro_batch: MicroBatch) -> TokenView:
         rollout_logprobs=micro_batch.rollout_logprobs,
         sampler_logprobs=micro_batch.sampler_logprobs,
         reference_logprobs=micro_batch.reference_logprobs,
+        teacher_logprobs=micro_batch.teacher_logprobs,
+        demonstration_logprobs=micro_batch.demonstration_logprobs,
         segment_ids=micro_batch.segment_ids,
         live=micro_batch.completion_mask,
+        pair_ids=_pair_ids(micro_batch),
         max_segments=micro_batch.source.shape[1],
     )
+
+
+def _pair_ids(micro_batch: MicroBatch) -> Int[Array, "B T"] | None:
+    if micro_batch.pair_ids is None:
+        return None
+    slots = jnp.maximum(micro_batch.segment_ids - 1, 0)
+    return jnp.where(micro_batch.segment_ids > 0, jnp.take_along_axis(micro_batch.pair_ids, slots, axis=1), 0)
 
 
 def term_view(view: TokenView, micro_batch: MicroBatch, name: str) -> TokenView:

@@ -6,13 +6,14 @@ Every phase can be entered again after a stop: it does only what is missing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from hptjax.hpt.assemble import Update
-from hptjax.hpt.gate import gate, group_rollouts, select_live, solved_counts, split_questions
-from hptjax.records import FinishReason, Judge, MakeRequests, Objective, Sample, SampleId
+from hptjax.hpt.gate import demonstration_sample, group_rollouts, solved_counts, split_questions
+from hptjax.hpt.route import Judged, Route, Routed
+from hptjax.records import FinishReason, Judge, MakeRequests, Objective, Sample
 from hptjax.train.ledger import AccumulationError
 from hptjax.train.open_step import OpenStep
 from hptjax.types import Params
@@ -20,17 +21,26 @@ from hptjax.types import Params
 SampleRollouts = Callable[..., list[Sample]]
 """(params, requests, *, should_stop, on_wave) -> samples; shorter than the requests only if it was told to stop."""
 
-Assemble = Callable[[Sequence[Sample], frozenset[SampleId]], Update]
-"""Live samples and the ids that carry no weight -> one packed update."""
+Assemble = Callable[..., Update]
+"""Live samples, the ids that carry no weight, the step's `Routed` and the steps done before it -> one packed update."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Gated:
-    """What the gate made of a step: per question the solved count and the objective, and the live samples."""
+    """What the route made of a step, and the solved count of each question."""
 
     solved: np.ndarray
-    objectives: list[Objective]
-    live: list[Sample]
+    routed: Routed
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """What each question learns from."""
+        return self.routed.objectives
+
+    @property
+    def live(self) -> list[Sample]:
+        """The samples that enter the updates."""
+        return self.routed.live
 
 
 def roll_out(
@@ -62,32 +72,42 @@ def judge_rollouts(step: OpenStep, judge: Judge) -> None:
         step.verdicts[judged.sample_id] = verdicts
 
 
-def gate_step(step: OpenStep, *, threshold: int, group_size: int) -> Gated:
-    """Counts what was solved, decides per question, and keeps the live samples."""
+def judge_demonstrations(step: OpenStep, judge: Judge) -> dict[int, Sample]:
+    """The demonstrations of the step's questions with their rewards, for methods whose baseline counts them."""
+    questions = {question.question_id: question for question in step.questions}
+    waiting = [demonstration_sample(question, visit=step.round) for question in step.questions]
+    return {judged.sample_id.question: judged for judged, _ in judge(waiting, questions)}
+
+
+def gate_step(step: OpenStep, *, route: Route, demonstrations: Mapping[int, Sample]) -> Gated:
+    """Counts what was solved and lets the method's route decide what each question learns from."""
     rollouts = group_rollouts(list(step.samples.values()))
     solved = solved_counts([question.question_id for question in step.questions], rollouts)
-    objectives = gate(solved, threshold=threshold, group_size=group_size)
-    visits = {question.question_id: step.round for question in step.questions}
-    return Gated(solved, objectives, select_live(step.questions, rollouts, objectives, visits=visits))
+    return Gated(solved, route(Judged(step.questions, rollouts, solved, step.round, demonstrations)))
 
 
-def assemble_updates(gated: Gated, *, updates: int, mask_overlong: bool, assemble: Assemble) -> list[Update]:
+def assemble_updates(
+    gated: Gated, *, updates: int, stage_step: int, mask_overlong: bool, assemble: Assemble
+) -> list[Update]:
     """The packed updates of a step: whole questions, in stream order, each update with its own normalisers.
 
     Raises AccumulationError where a live sample is in no update, or in two.
 
     Args
       updates: fewer where there are fewer questions, in the last, smaller batch of a pass.
+      stage_step: steps of the stage that are done, for coefficients that change.
       mask_overlong: truncated rollouts count in their group's statistics and carry no weight.
     """
     dead = frozenset(
         sample.sample_id for sample in gated.live if mask_overlong and sample.finish_reason == FinishReason.LENGTH
     )
     order = list(dict.fromkeys(sample.sample_id.question for sample in gated.live))
+    parts = split_questions(order, min(updates, len(order))) if order else [[]]  # nothing live: one empty update
     packed = []
-    for part in split_questions(order, min(updates, len(order))):
+    for part in parts:
         chosen = frozenset(part)
-        packed.append(assemble([sample for sample in gated.live if sample.sample_id.question in chosen], dead))
+        samples = [sample for sample in gated.live if sample.sample_id.question in chosen]
+        packed.append(assemble(samples, dead, gated.routed, stage_step))
     accounted = sum(len(update.samples) + update.left_out for update in packed)
     if accounted != len(gated.live):
         raise AccumulationError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hptjax.hpt.route import Route
 from hptjax.records import Judge, MakeRequests, Question
 from hptjax.train.open_step import OpenStep, from_json, to_json
 from hptjax.train.phases import Assemble, Gated, SampleRollouts
@@ -20,10 +21,12 @@ class Stage:
     """One stage of a run: a method as functions and values.
 
     Args
-      steps: rollout batches. threshold: the gate's; -1 is pure RL, group_size pure SFT.
-      rolls_out: False where every question is gated whatever it solves, so nothing needs to be sampled.
+      steps: rollout batches. route: what the questions learn from. group_size: rollouts per question.
+      rolls_out: False where the route reads no rollouts, so nothing needs to be sampled.
+      rewards_demonstrations: whether the route reads the rewards of demonstrations.
       updates_per_step: optimizer updates per rollout batch. score: set where the method needs the score pass; given
         (params, micro_batch) it returns log-probs under those parameters, [B T].
+      add_frozen: fills in the log-probs of frozen models (reference, teacher), where the method reads them.
       start: parameters and lifetime totals -> the stage's first state, with fresh sums and optimizer.
       nonfinite: "raise" or "skip_window". clip_norm: of the optimizer, for the ledger.
       micro_step: jitted and donated. learning_rate: optimizer step of this stage -> rate.
@@ -35,9 +38,10 @@ class Stage:
     steps: int
     stream: Any
     first_round: int
-    threshold: int
+    route: Route
     group_size: int
     rolls_out: bool
+    rewards_demonstrations: bool
     updates_per_step: int
     mask_overlong: bool
     nonfinite: str
@@ -48,7 +52,7 @@ class Stage:
     assemble: Assemble
     learning_rate: Callable[[int], float]
     score: Callable[[Params, MicroBatch], Any] | None = None
-    add_reference: Callable[[MicroBatch], MicroBatch] | None = None
+    add_frozen: Callable[[MicroBatch], MicroBatch] | None = None
     probe: Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]] | None = None
 
 

@@ -24,6 +24,7 @@ from hptjax.build.method import build_recipe
 from hptjax.config import Config
 from hptjax.hpt.assemble import assemble
 from hptjax.hpt.gate import demonstration_sample
+from hptjax.hpt.route import Routed
 from hptjax.hpt.terms import Term
 from hptjax.losses import reducers
 from hptjax.losses.advantages import ones
@@ -263,7 +264,7 @@ def recipe_of(preset="joint", **fields):
 def plan(recipe, samples, shape=SHAPE):
     """The update, its micro-batches completed with the log-probs of the reference table."""
     places = None if recipe.partition is None else recipe.partition(samples)
-    return with_reference(assemble(samples, recipe.terms, partition=places, **shape))
+    return with_reference(assemble(samples, recipe.terms(0), partition=places, **shape))
 
 
 def with_reference(update):
@@ -371,7 +372,7 @@ def test_t25_a_loss_mode_equals_its_definition_through_assembly_and_step(mode):
     samples = recorded.mixed(3, 5)
     partition = {s.sample_id: place % 3 for place, s in enumerate(samples)}
     sources = {"rl": ROLLOUTS, "kl": ROLLOUTS, "sft": DEMONSTRATIONS, "entropy": ROLLOUTS | DEMONSTRATIONS}
-    advantages = {term.name: term.advantage for term in recipe_of().terms}
+    advantages = {term.name: term.advantage for term in recipe_of().terms(0)}
     terms = [Term(t, sources[t], COEFFICIENTS[t], MODES[mode], advantages.get(t, ones)) for t in PLANES]
     update = with_reference(assemble(samples, terms, partition=partition, **SHAPE))
     share = {}
@@ -455,7 +456,7 @@ def test_joint_and_separate_log_the_counts_that_they_divide_by():
         assert (terms["sft"].tokens, terms["rl"].tokens) == (demonstrations, everything - demonstrations)
     # a dead rollout is in nobody's count
     dead = next(s for s in samples if s.source == Source.ROLLOUT)
-    update = assemble(samples, recipe_of("joint").terms, dead=frozenset({dead.sample_id}), **SHAPE)
+    update = assemble(samples, recipe_of("joint").terms(0), dead=frozenset({dead.sample_id}), **SHAPE)
     assert update.terms["sft"].normaliser == pytest.approx(everything - len(dead.completion_tokens), rel=1e-12)
 
 
@@ -465,8 +466,10 @@ def test_t27_each_update_divides_by_its_own_counts_on_any_number_of_devices(eigh
     """Two updates per rollout batch of 16 questions: the generation batch's normaliser would be another gradient."""
     samples = sorted(recorded.mixed(6, 10), key=lambda sample: sample.sample_id)
     recipe = recipe_of(preset, updates=2, questions=16)
-    live = Gated(solved=np.zeros(16, np.int64), objectives=[], live=samples)
-    updates = assemble_updates(live, updates=2, mask_overlong=False, assemble=lambda s, dead: plan(recipe, s))
+    live = Gated(solved=np.zeros(16, np.int64), routed=Routed(objectives=[], live=samples))
+    updates = assemble_updates(
+        live, updates=2, stage_step=0, mask_overlong=False, assemble=lambda s, *_: plan(recipe, s)
+    )
     generation = plan(recipe_of(preset, questions=16), samples)
     mesh = make_mesh(devices, 1, devices=eight_devices[:devices])
     step, state = bigram_setup()

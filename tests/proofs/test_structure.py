@@ -225,7 +225,7 @@ REGULARISED = {"entropy_coefficient": 0.001, "kl_coefficient": 0.1}
 CLIPPED = {"hpt": {"clip_low": 0.2, "clip_high": 0.2}, "train": {"updates_per_rollout_batch": 2}}
 PRODUCT = {
     "sft": ({"method": "sft"}, SFT),
-    "grpo": ({"method": "grpo"}, RL),
+    "dr_grpo": ({"method": "dr_grpo"}, RL),
     "hpt": ({}, SFT | RL),
     "entropy_and_kl": (
         {"hpt": REGULARISED},

@@ -206,6 +206,7 @@ def unpacked(update, segments):
             sample_index=np.pad(batch.sample_index, room, constant_values=-1),
             sample_hash=np.pad(batch.sample_hash, (*room, (0, 0))),
             source=np.pad(batch.source, room, constant_values=-1),
+            pair_ids=np.pad(batch.pair_ids, room),
         )
 
     return [widened(batch) for batch in update.micro_batches]
@@ -262,7 +263,7 @@ def test_t13_packing_and_its_order_change_no_bit_of_an_integer_sum(monkeypatch):
 def test_t13_packing_and_its_order_leave_the_decoders_gradient_within_the_bound(made, plain, monkeypatch):
     """A real decoder with attention: segment mask and positions keep every sample to itself."""
     samples = recorded.mixed(4, 5)
-    terms = normalisers.recipe_of("separate", kl_coefficient=0.0, entropy_coefficient=0.0).terms
+    terms = normalisers.recipe_of("separate", kl_coefficient=0.0, entropy_coefficient=0.0).terms(0)
     batch = made.config.batch
     assert (batch.rows, batch.row_tokens, batch.max_segments) == tuple(PACKED.values())[:3]
     found = layouts(samples, terms, monkeypatch)

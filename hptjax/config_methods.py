@@ -1,0 +1,118 @@
+"""The names of the methods, and the constants that single methods are published with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+from hptjax.config_text import struct_list
+
+MethodName = Literal[
+    "reinforce",
+    "rloo",
+    "reinforce_pp",
+    "ppo",
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "cispo",
+    "cispo_table",
+    "gspo",
+    "gmpo",
+    "sapo",
+    "dpo",
+    "sft",
+    "dft",
+    "trsft",
+    "chord_phi",
+    "pear_token",
+    "pear_block",
+    "pear_sequence",
+    "implicit_reward",
+    "hpt",
+    "hpt_off_band",
+    "hpt_soft",
+    "random_gate",
+    "luffy",
+    "srft",
+    "chord_mu",
+    "kdrl",
+]  # the names of hpt/methods.py; `hptjax methods` prints what each of them is
+
+RolloutRow = Literal[
+    "reinforce",
+    "rloo",
+    "reinforce_pp",
+    "ppo",
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "cispo",
+    "cispo_table",
+    "gspo",
+    "gmpo",
+    "sapo",
+]
+
+FROM_DEMONSTRATIONS = frozenset(
+    {"sft", "dft", "trsft", "chord_phi", "pear_token", "pear_block", "pear_sequence", "implicit_reward"}
+)  # nothing is sampled
+GATED = frozenset({"hpt", "hpt_off_band", "random_gate"})  # a demonstration or a group per question
+BESIDE_A_GROUP = frozenset({"hpt_soft", "srft", "chord_mu"})  # the demonstration joins a whole group
+IN_A_GROUP = frozenset({"luffy"})  # the demonstration takes the place of a rollout
+
+PAIRED = frozenset({"dpo"})  # two samples share a row
+
+
+def learns_from_demonstrations(method: str) -> bool:
+    """Whether demonstrations can enter an update of the method."""
+    return method in FROM_DEMONSTRATIONS | GATED | BESIDE_A_GROUP | IN_A_GROUP
+
+
+def learns_from_rollouts(method: str) -> bool:
+    """Whether the method samples."""
+    return method not in FROM_DEMONSTRATIONS
+
+
+def samples_per_question(method: str, group_size: int) -> int:
+    """The most samples that a question leaves in an update."""
+    if method in FROM_DEMONSTRATIONS:
+        return 1
+    return group_size + int(method in BESIDE_A_GROUP)
+
+
+def samples_per_bundle(method: str) -> int:
+    """Samples that have to share a row."""
+    return 2 if method in PAIRED else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftRow:
+    """Coefficients of a question in method hpt_soft."""
+
+    rl: float  # its rollouts
+    off: float  # its demonstration as an off-policy rollout
+    sft: float  # its demonstration as SFT
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodsConfig:
+    """Constants of single methods, as published where there is a published value; the others do not read them."""
+
+    gate_off: int = 1  # hpt_off_band: RL on the demonstration where more than hpt.gate and at most this many solved
+    soft_table: Annotated[tuple[SoftRow, ...], struct_list(SoftRow)] = ()  # hpt_soft: for 0..group_size solved
+    trsft_floor: float = 0.1  # trsft: probability below which the weight falls
+    pear_gamma: float = 0.999  # pear_*: unverified
+    pear_block_tokens: int = 8  # pear_block: ours
+    implicit_beta: float = 0.1  # implicit_reward
+    dpo_beta: float = 0.1
+    luffy_gamma: float = 0.1  # luffy, hpt_off_band, hpt_soft
+    srft_sign: Literal["minus", "plus"] = "minus"  # srft: of the entropy in a demonstration's weight; its code: plus?
+    chord_peak: float = 0.9  # chord_mu: share of SFT after the rise
+    chord_valley: float = 0.05  # chord_mu: ... and after the fall
+    chord_rise_steps: int = 0
+    chord_fall_steps: int = 200
+    kdrl_beta: float = 5e-3  # kdrl: of the KL to the teacher, at the start; unverified
+    kdrl_end_beta: float = 1e-3
+    kdrl_steps: int = 280
+    kdrl_where: Literal["always", "unsolved", "unsolved_group"] = "always"  # kdrl: which rollouts the teacher corrects
