@@ -156,5 +156,9 @@ RewardFunction = Callable[[str, Mapping[str, Any]], Verdict]
 MakeRequests = Callable[[Sequence[Question], int], list[Request]]
 """Questions and the round of their visit -> the requests of their groups."""
 
+RolloutPlan = Callable[[Sequence[Question], int, Mapping[SampleId, Sample], int], list[Request]]
+"""Questions, the round of their visit, what was sampled and judged of it, steps done in the stage -> all requests known
+so far. It is asked again until it asks for nothing new, so that verdicts of one round may decide the next."""
+
 Judge = Callable[[Sequence[Sample], Mapping[int, Question]], list[tuple[Sample, list[Verdict]]]]
 """Samples and their questions by id -> the samples with reward and solved, each with its verdicts."""

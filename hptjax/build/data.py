@@ -13,7 +13,18 @@ from hptjax.config import Config, TaskConfig
 from hptjax.data import tokenizer as text
 from hptjax.data.prepare import prepare_questions
 from hptjax.data.split import split_by_canonical
-from hptjax.records import Example, Judge, MakeRequests, Question, Request, Sample, SampleId, Verdict
+from hptjax.hpt.plan import PrefixPlan
+from hptjax.records import (
+    Example,
+    Judge,
+    MakeRequests,
+    Question,
+    Request,
+    RolloutPlan,
+    Sample,
+    SampleId,
+    Verdict,
+)
 from hptjax.rewards.combine import combine
 from hptjax.rewards.pool import RewardPool
 from hptjax.sharding.agree import in_shares
@@ -140,17 +151,33 @@ def build_judge(config: Config, task: Task, tokenizer: Any, pool: RewardPool) ->
     return judge
 
 
-def build_requests(config: Config, stop_ids: frozenset[int], *, count: int) -> MakeRequests:
-    """A group of `count` requests per question, keyed by question, visit and index."""
+def build_requests(config: Config, stop_ids: frozenset[int], plan: PrefixPlan) -> RolloutPlan:
+    """The requests of the groups that `plan` describes, keyed by question, visit and index."""
     rollout = config.rollout
-    return request_maker(
-        count=count,
-        max_completion_tokens=rollout.max_completion_tokens,
-        stop_ids=stop_ids,
-        temperature=rollout.temperature,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-    )
+
+    def requests(
+        questions: Sequence[Question], visit: int, judged: Mapping[SampleId, Sample], stage_step: int
+    ) -> list[Request]:
+        rewards: dict[int, dict[int, float]] = {question.question_id: {} for question in questions}
+        for sample_id, sample in judged.items():
+            assert sample.reward is not None
+            rewards[sample_id.question][sample_id.index] = sample.reward
+        return [
+            Request(
+                sample_id=SampleId(question.question_id, visit, index),
+                prompt_tokens=np.asarray(question.prompt_tokens, np.int32),
+                prefix_tokens=prefix,
+                max_completion_tokens=rollout.max_completion_tokens,
+                stop_ids=stop_ids,
+                temperature=rollout.temperature,
+                top_k=rollout.top_k,
+                top_p=rollout.top_p,
+            )
+            for question in questions
+            for index, prefix in enumerate(plan(question, visit, rewards[question.question_id], stage_step))
+        ]
+
+    return requests
 
 
 def request_maker(

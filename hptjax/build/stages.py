@@ -74,9 +74,7 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         clip_norm=config.optimizer.clip_norm,
         start=start,
         micro_step=step.micro_step,
-        make_requests=build_requests(
-            config, stop_ids(policy.tokenizer, config.rollout.stop_ids), count=recipe.method.rollouts
-        ),
+        plan=build_requests(config, stop_ids(policy.tokenizer, config.rollout.stop_ids), recipe.method.sampled()),
         assemble=_assembler(config, recipe),
         learning_rate=lambda optimizer_step: float(to_host(step.schedule(optimizer_step))),
         score=scorer if recipe.scores else None,

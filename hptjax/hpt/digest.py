@@ -9,6 +9,8 @@ from jaxtyping import UInt32
 
 from hptjax.records import SampleId
 
+UNDRAWN_INDEX = -2  # rollouts count from 0, and a demonstration has -1
+
 
 def sample_hashes(sample_ids: Sequence[SampleId]) -> UInt32[np.ndarray, "N 2"]:
     """64 mixed bits of each id, as two words: splitmix64's finaliser over the three numbers of the id."""
@@ -17,6 +19,12 @@ def sample_hashes(sample_ids: Sequence[SampleId]) -> UInt32[np.ndarray, "N 2"]:
         for column in np.asarray(sample_ids, np.int64).astype(np.uint64).T:
             state = _mix(state + column + np.uint64(0x9E3779B97F4A7C15))
     return np.stack([state >> np.uint64(32), state & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32)
+
+
+def draw(question: int, visit: int, seed: int) -> float:
+    """A number in [0, 1), as good as random: the mixed bits of the id of a sample nobody makes."""
+    high, low = sample_hashes([SampleId(question, visit, UNDRAWN_INDEX - seed)])[0].tolist()
+    return ((high << 32 | low) >> 11) * 2.0**-53
 
 
 def digest(hashes: UInt32[np.ndarray, "N 2"]) -> UInt32[np.ndarray, " 2"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from hptjax.hpt.plan import PrefixPlan, free_group
 from hptjax.hpt.route import Route
 from hptjax.hpt.schedules import Schedule
 from hptjax.losses.estimator import Estimator, ExtraTerm, Need
@@ -47,7 +48,8 @@ class Method:
 
     Args
       parts: one term plane each. route: judged rollouts -> live samples.
-      rollouts: per question; 0 where nothing is sampled. most_samples: that a question can leave in an update.
+      rollouts: per question; 0 where nothing is sampled. plan: what they start with; None: all from the prompt.
+      most_samples: that a question can leave in an update.
       rewards_demonstrations: whether the verifier is asked about them too, for a baseline over both.
       mask_overlong: whether completions that met their limit are left out of the gradient.
       needs: beside those of the parts.
@@ -59,11 +61,16 @@ class Method:
     route: Route
     rollouts: int
     most_samples: int
+    plan: PrefixPlan | None = None
     rewards_demonstrations: bool = False
     mask_overlong: bool = False
     needs: frozenset[Need] = frozenset()
     source: str = ""
     difference: str = ""
+
+    def sampled(self) -> PrefixPlan:
+        """What the rollouts of a question start with."""
+        return free_group(self.rollouts) if self.plan is None else self.plan
 
 
 def all_needs(method: Method) -> frozenset[Need]:

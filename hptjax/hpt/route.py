@@ -21,12 +21,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-from hptjax.hpt.digest import sample_hashes
+from hptjax.hpt.digest import UNDRAWN_INDEX, sample_hashes
 from hptjax.hpt.gate import demonstration_sample, gate, select_live
 from hptjax.hpt.terms import GivenAdvantage
 from hptjax.records import Objective, Question, Sample, SampleId, Source
-
-UNDRAWN_INDEX = -2  # rollouts count from 0, and a demonstration has -1
 
 Scales = Mapping[str, Mapping[SampleId, float]]
 """Term name -> sample -> factor of its weights; 0 makes it no member of the term. Terms without an entry take all."""

@@ -20,7 +20,7 @@ from hptjax.sharding.agree import check_same
 from hptjax.sharding.peers import phase
 from hptjax.train.ledger import AccumulationError, check, ledger_row
 from hptjax.train.open_step import OpenStep
-from hptjax.train.phases import assemble_updates, gate_step, judge_demonstrations, judge_rollouts, roll_out
+from hptjax.train.phases import assemble_updates, gate_step, judge_demonstrations, judge_rollouts, roll_out, unjudged
 from hptjax.train.stage import Cadence, Progress, Stage, World, progress_to_host
 from hptjax.train.state import TrainState
 from hptjax.train.step_metrics import merge_stats, rollout_metrics, update_metrics, visit_metrics
@@ -112,19 +112,8 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
     _stop_here(stage, state, progress, world)
     demonstrations: dict[int, Sample] = {}
     if stage.rolls_out:
-        with _timed(seconds, "rollout"):
-            complete = roll_out(
-                step,
-                state.params["policy"],
-                make_requests=stage.make_requests,
-                sample=world.sample,
-                should_stop=world.should_stop,
-            )
-        if not complete:
-            _save(stage, state, progress, world, wait=True)
-            raise Stopped
+        _roll_out_in_rounds(stage, state, progress, step, world, seconds)
         with _timed(seconds, "reward"):
-            judge_rollouts(step, world.judge)
             demonstrations = judge_demonstrations(step, world.judge) if stage.rewards_demonstrations else demonstrations
     with _timed(seconds, "assemble"):
         gated = gate_step(step, route=stage.route, demonstrations=demonstrations)
@@ -159,6 +148,29 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
     world.log_rollouts(step, gated)
     world.log_step(progress.step + 1, merge(rows))
     return state
+
+
+def _roll_out_in_rounds(
+    stage: Stage, state: TrainState, progress: Progress, step: OpenStep, world: World, seconds: dict[str, float]
+) -> None:
+    """Samples and judges until the stage's plan asks for nothing new, in one round for most. It saves where stopped."""
+    while True:
+        with _timed(seconds, "rollout"):
+            complete = roll_out(
+                step,
+                state.params["policy"],
+                plan=stage.plan,
+                stage_step=progress.stage_step,
+                sample=world.sample,
+                should_stop=world.should_stop,
+            )
+        if not complete:
+            _save(stage, state, progress, world, wait=True)
+            raise Stopped
+        if not unjudged(step):
+            return
+        with _timed(seconds, "reward"):
+            judge_rollouts(step, world.judge)
 
 
 def _score(

@@ -13,7 +13,7 @@ import numpy as np
 from hptjax.hpt.assemble import Update
 from hptjax.hpt.gate import demonstration_sample, group_rollouts, solved_counts, split_questions
 from hptjax.hpt.route import Judged, Route, Routed
-from hptjax.records import FinishReason, Judge, MakeRequests, Objective, Sample
+from hptjax.records import FinishReason, Judge, Objective, RolloutPlan, Sample
 from hptjax.train.ledger import AccumulationError
 from hptjax.train.open_step import OpenStep
 from hptjax.types import Params
@@ -47,12 +47,18 @@ def roll_out(
     step: OpenStep,
     params: Params,
     *,
-    make_requests: MakeRequests,
+    plan: RolloutPlan,
+    stage_step: int,
     sample: SampleRollouts,
     should_stop: Callable[[], bool],
 ) -> bool:
-    """Samples what the step still lacks; False if it was stopped before it had everything."""
-    missing = [r for r in make_requests(step.questions, step.round) if r.sample_id not in step.samples]
+    """Samples what the plan asks for by the verdicts so far; False if it was stopped before it had everything.
+
+    The step has all its rollouts when every sample is judged and this finds nothing missing (`unjudged`).
+    """
+    judged = {key: entry for key, entry in step.samples.items() if key in step.verdicts}
+    wanted = plan(step.questions, step.round, judged, stage_step)
+    missing = [request for request in wanted if request.sample_id not in step.samples]
     if not missing:
         return True
 
@@ -63,9 +69,14 @@ def roll_out(
     return all(request.sample_id in step.samples for request in missing)
 
 
+def unjudged(step: OpenStep) -> list[Sample]:
+    """The samples that have no verdict yet, in the order in which they were sampled."""
+    return [entry for key, entry in step.samples.items() if key not in step.verdicts]
+
+
 def judge_rollouts(step: OpenStep, judge: Judge) -> None:
     """Asks the verifiers about the samples that have no verdict yet."""
-    waiting = [entry for key, entry in step.samples.items() if key not in step.verdicts]
+    waiting = unjudged(step)
     questions = {question.question_id: question for question in step.questions}
     for judged, verdicts in judge(waiting, questions) if waiting else ():
         step.samples[judged.sample_id] = judged

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hptjax.hpt.route import Route
-from hptjax.records import Judge, MakeRequests, Question
+from hptjax.records import Judge, Question, RolloutPlan
 from hptjax.train.open_step import OpenStep, from_json, to_json
 from hptjax.train.phases import Assemble, Gated, SampleRollouts
 from hptjax.train.state import TrainState
@@ -22,7 +22,7 @@ class Stage:
 
     Args
       steps: rollout batches. route: what the questions learn from. group_size: rollouts per question.
-      rolls_out: False where the route reads no rollouts, so nothing needs to be sampled.
+      rolls_out: False where the route reads no rollouts, so nothing needs to be sampled. plan: what is, in rounds.
       rewards_demonstrations: whether the route reads the rewards of demonstrations.
       updates_per_step: optimizer updates per rollout batch. score: set where the method needs the score pass; given
         (params, micro_batch) it returns log-probs under those parameters, [B T].
@@ -48,7 +48,7 @@ class Stage:
     clip_norm: float | None
     start: Callable[[Mapping[str, Params], Any], TrainState]
     micro_step: Callable[[TrainState, MicroBatch, Any], TrainState]
-    make_requests: MakeRequests
+    plan: RolloutPlan
     assemble: Assemble
     learning_rate: Callable[[int], float]
     score: Callable[[Params, MicroBatch], Any] | None = None
