@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from hptjax.config import Config, StageConfig
-from hptjax.config_methods import samples_per_question
+from hptjax.config_methods import APART, samples_per_question
 
 # up to here `model.attention = "auto"` takes the plain form: its [B H T T] scores are small, and it is the fastest
 SHORT_ROW_TOKENS = 1024
@@ -30,7 +30,8 @@ def steps_of(config: Config) -> list[tuple[str, str, int]]:
 def samples_per_update(config: Config, *, method: str, questions: int) -> int:
     """The most samples an update of `method` can hold: by what a question can leave."""
     per_question = samples_per_question(method, config.rollout.group_size)
-    return questions // config.train.updates_per_rollout_batch * per_question
+    apart = config.methods.relift_buffer if method in APART else 0
+    return max(questions // config.train.updates_per_rollout_batch * per_question, apart)
 
 
 def micro_batches_needed(config: Config, *, samples: int, bundle: int = 1) -> int:

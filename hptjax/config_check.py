@@ -16,6 +16,7 @@ AT_LEAST_ONE = (
     "rollout.cache_capacity reward.workers batch.rows batch.row_tokens batch.max_segments batch.max_micro_batches "
     "train.steps train.updates_per_rollout_batch train.log_every eval.questions eval.samples_per_question "
     "checkpoint.every_steps checkpoint.keep_last mesh.replica mesh.data mesh.fsdp mesh.sequence mesh.tensor "
+    "methods.relift_buffer methods.pear_block_tokens "
     "model.logprob_chunk_tokens model.attention_block hpt.ranks hpt.logical_micro_tokens model.shape.hidden_size "
     "model.shape.num_layers model.shape.num_heads "
     "model.shape.num_kv_heads model.shape.head_dim model.shape.mlp_size model.shape.max_positions"
@@ -31,7 +32,7 @@ ABOVE_ZERO = (
     "rollout.temperature rollout.top_p reward.deadline_s optimizer.learning_rate optimizer.eps eval.temperature "
     "optimizer.clip_norm optimizer.skip_norm hpt.clip_low hpt.clip_high optimizer.decay_steps model.shape.rope_theta "
     "distributed.timeout_s hpt.clip_bound hpt.correction_cap methods.trsft_floor methods.pear_gamma "
-    "methods.implicit_beta methods.dpo_beta methods.luffy_gamma"
+    "methods.implicit_beta methods.dpo_beta methods.luffy_gamma methods.relift_clip_norm"
 ).split()
 
 

@@ -36,6 +36,7 @@ MethodName = Literal[
     "luffy",
     "srft",
     "chord_mu",
+    "relift",
     "kdrl",
 ]  # the names of hpt/methods.py; `hptjax methods` prints what each of them is
 
@@ -61,12 +62,13 @@ GATED = frozenset({"hpt", "hpt_off_band", "random_gate"})  # a demonstration or 
 BESIDE_A_GROUP = frozenset({"hpt_soft", "srft", "chord_mu"})  # the demonstration joins a whole group
 IN_A_GROUP = frozenset({"luffy"})  # the demonstration takes the place of a rollout
 
+APART = frozenset({"relift"})  # demonstrations make updates of their own
 PAIRED = frozenset({"dpo"})  # two samples share a row
 
 
 def learns_from_demonstrations(method: str) -> bool:
     """Whether demonstrations can enter an update of the method."""
-    return method in FROM_DEMONSTRATIONS | GATED | BESIDE_A_GROUP | IN_A_GROUP
+    return method in FROM_DEMONSTRATIONS | GATED | BESIDE_A_GROUP | IN_A_GROUP | APART
 
 
 def learns_from_rollouts(method: str) -> bool:
@@ -115,4 +117,6 @@ class MethodsConfig:
     kdrl_beta: float = 5e-3  # kdrl: of the KL to the teacher, at the start; unverified
     kdrl_end_beta: float = 1e-3
     kdrl_steps: int = 280
+    relift_buffer: int = 128  # relift: failed questions that make an update of their demonstrations
+    relift_clip_norm: float | None = 0.7  # relift: of that update's gradient
     kdrl_where: Literal["always", "unsolved", "unsolved_group"] = "always"  # kdrl: which rollouts the teacher corrects

@@ -46,6 +46,7 @@ class MicroBatch:
       sample_hash: per segment, 64 mixed bits of the sample's id, as two words; noise is keyed by it. 0 if no segment.
       source: per segment, a `Source`; -1 where there is no segment.
       pair_ids: per segment, 1 upwards; the segments of a row that are compared with each other share it; 0: none.
+      optimizer: which of a tree's optimizers takes the update (`train.optimizer.alternating`); None: there is one.
       micro_index: which micro-batch of its update this is, 0 upwards.
       planned_tokens: live tokens of every micro-batch of the update, counted on the host from the samples, not from
         the packed arrays; zeros past the last. The witness is compared with it.
@@ -72,6 +73,7 @@ class MicroBatch:
     teacher_logprobs: Float[Array, "B T"] | None = None
     demonstration_logprobs: Float[Array, "B T"] | None = None
     pair_ids: Int[Array, "B S"] | None = None
+    optimizer: Int[Array, ""] | None = None
 
 
 @struct.dataclass

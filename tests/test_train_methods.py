@@ -63,6 +63,7 @@ def config_of(folder, name, other_model, **changes):
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, **({MODELS[name]: other_model} if name in MODELS else {})),
+        methods=dataclasses.replace(config.methods, relift_buffer=2),
         batch=dataclasses.replace(config.batch, row_tokens=96 if name == "dpo" else 48),
         train=dataclasses.replace(config.train, steps=3, eval_every=0, rollouts_every=0),
         eval=dataclasses.replace(config.eval, train_questions=0),
@@ -79,6 +80,18 @@ def test_method_trains(folder, other_model, name):
     assert len(rows) == 3
     assert all(row["witness/ok"] == 1 for row in rows)
     assert any(row["actor/grad_norm"] > 0 for row in rows)
+
+
+def test_relift_trains_demonstrations_of_failed_questions_with_a_second_optimizer(folder, other_model):
+    """Updates of two demonstrations each come whenever two failed questions wait; the newest leave first."""
+    config = config_of(folder, "relift", other_model)
+    config = dataclasses.replace(config, name="relift-long", train=dataclasses.replace(config.train, steps=6))
+    tiny.train(config)
+    rows = read_rows(folder / "runs" / "relift-long" / "ledger.jsonl")
+    apart = [row for row in rows if row["tokens_by_term"]["sft"] > 0]
+    assert 0 < len(apart) < len(rows)
+    assert all(row["tokens_by_term"]["rl"] == 0 and row["sequences"] == 2 for row in apart)
+    assert [row["schedule_step"] for row in apart] == list(range(len(apart)))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -94,6 +94,7 @@ def build_recipe(config: Config, name: MethodName, questions_per_step: int) -> R
 def options(config: Config) -> Options:
     """The options of the methods, as the config sets them."""
     hpt, constants = config.hpt, dataclasses.asdict(config.methods)
+    del constants["relift_clip_norm"]  # of an optimizer, not of the method
     constants["srft_sign"] = -1 if config.methods.srft_sign == "minus" else 1
     constants["soft_table"] = tuple((row.rl, row.off, row.sft) for row in config.methods.soft_table)
     return Options(

@@ -28,7 +28,14 @@ from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import one_at_a_time
 from hptjax.sharding.rules import replicated
 from hptjax.train.objective import TokenStatsFn, make_losses
-from hptjax.train.optimizer import HOST_MEMORY, check_host_memory, in_host_memory, make_optimizer, make_schedule
+from hptjax.train.optimizer import (
+    HOST_MEMORY,
+    alternating,
+    check_host_memory,
+    in_host_memory,
+    make_optimizer,
+    make_schedule,
+)
 from hptjax.train.stage import Stage
 from hptjax.train.state import MicroStep, TrainState, init_state, jit_step, placed, state_shardings
 from hptjax.train.step import Losses, make_micro_step, make_named_gradients
@@ -72,6 +79,7 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         mask_overlong=config.hpt.mask_overlong or recipe.method.mask_overlong,
         nonfinite=config.optimizer.nonfinite,
         clip_norm=config.optimizer.clip_norm,
+        apart_clip_norm=config.methods.relift_clip_norm,
         start=start,
         micro_step=step.micro_step,
         plan=build_requests(config, stop_ids(policy.tokenizer, config.rollout.stop_ids), recipe.method.sampled()),
@@ -123,7 +131,8 @@ def build_step(
         stability_mask=stability_mask(recipe),
     )
     schedule = _schedule(config, stage)
-    optimizers = {"policy": _optimizer(config, schedule)}
+    clips = [config.optimizer.clip_norm, *([config.methods.relift_clip_norm] if recipe.method.apart else [])]
+    optimizers = {"policy": _optimizer(config, schedule, clips)}
     empty = _assembler(config, recipe)([], frozenset()).micro_batches[0]
     stats = jax.eval_shape(losses, {"policy": params}, empty)[1]
 
@@ -146,9 +155,14 @@ def _assembler(config: Config, recipe: Recipe) -> Callable[..., Update]:
     batch = config.batch
 
     def assembler(
-        samples: Sequence[Sample], dead: frozenset[SampleId], routed: Routed | None = None, step: int = 0
+        samples: Sequence[Sample],
+        dead: frozenset[SampleId],
+        routed: Routed | None = None,
+        step: int = 0,
+        *,
+        optimizer: int = 0,
     ) -> Update:
-        return assemble(
+        update = assemble(
             samples,
             recipe.terms(step),
             rows=batch.rows,
@@ -160,6 +174,10 @@ def _assembler(config: Config, recipe: Recipe) -> Callable[..., Update]:
             advantages=None if routed is None else routed.advantages,
             partition=None if recipe.partition is None else recipe.partition(samples),
         )
+        if not recipe.method.apart:
+            return update
+        chosen = [dataclasses.replace(m, optimizer=np.asarray(optimizer, np.int32)) for m in update.micro_batches]
+        return dataclasses.replace(update, micro_batches=tuple(chosen))
 
     return assembler
 
@@ -175,16 +193,23 @@ def _schedule(config: Config, stage: StageConfig) -> optax.Schedule:
     )
 
 
-def _optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _optimizer(
+    config: Config, schedule: optax.Schedule, clip_norms: Sequence[float | None]
+) -> optax.GradientTransformation:
+    """One chain per clip norm; with several, each update says which of them takes it."""
     optimizer = config.optimizer
-    chain = make_optimizer(
-        schedule,
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        clip_norm=optimizer.clip_norm,
-    )
+    chains = [
+        make_optimizer(
+            schedule,
+            b1=optimizer.b1,
+            b2=optimizer.b2,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            clip_norm=clip_norm,
+        )
+        for clip_norm in clip_norms
+    ]
+    chain = chains[0] if len(chains) == 1 else alternating(*chains)
     return in_host_memory(chain) if optimizer.host_memory else chain
 
 

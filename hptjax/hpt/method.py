@@ -52,6 +52,7 @@ class Method:
       most_samples: that a question can leave in an update.
       rewards_demonstrations: whether the verifier is asked about them too, for a baseline over both.
       mask_overlong: whether completions that met their limit are left out of the gradient.
+      apart: samples of an update of their own, with an optimizer of its own; 0: the method has no such updates.
       needs: beside those of the parts.
       formula, source, difference: where the parts' own do not say it.
     """
@@ -64,6 +65,7 @@ class Method:
     plan: PrefixPlan | None = None
     rewards_demonstrations: bool = False
     mask_overlong: bool = False
+    apart: int = 0
     needs: frozenset[Need] = frozenset()
     source: str = ""
     difference: str = ""

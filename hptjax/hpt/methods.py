@@ -12,7 +12,17 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from hptjax.hpt.method import DEMONSTRATIONS, ROLLOUTS, Method, Part
-from hptjax.hpt.route import Route, by_band, by_chance, by_gate, by_table, corrected_where, in_pairs, together
+from hptjax.hpt.route import (
+    Route,
+    by_band,
+    by_chance,
+    by_gate,
+    by_table,
+    corrected_where,
+    in_pairs,
+    together,
+    with_buffer,
+)
 from hptjax.hpt.schedules import linear, rise_and_fall
 from hptjax.losses import table
 from hptjax.losses.estimator import Estimator, ExtraTerm, Need
@@ -54,6 +64,7 @@ class Options:
     kdrl_end_beta: float = 1e-3
     kdrl_steps: int = 280
     kdrl_where: Literal["always", "unsolved", "unsolved_group"] = "always"
+    relift_buffer: int = 128
 
 
 ROLLOUT_ROWS: Mapping[str, Callable[[table.Clip | None], Estimator]] = {
@@ -234,6 +245,21 @@ def kdrl(options: Options) -> Method:
     )
 
 
+def relift(options: Options) -> Method:
+    """ReLIFT: RL on everything; demonstrations of failed questions are collected for SFT with its own optimizer."""
+    rl = _on_rollouts(table.DR_GRPO(options.clip), reducer="official_fixed_rl")
+    return Method(
+        name="relift",
+        parts=(rl, _on_demonstrations(table.SFT)),
+        route=with_buffer(options.relift_buffer),
+        rollouts=options.group_size,
+        most_samples=options.group_size,
+        apart=options.relift_buffer,
+        source="arXiv 2506.07527",
+        difference="The entropy coefficient of its SFT (0.001) is hpt.entropy_coefficient, for both kinds of update.",
+    )
+
+
 def dpo(options: Options) -> Method:
     """DPO on pairs that the verifier makes of the policy's rollouts."""
     row = table.DPO(options.dpo_beta)
@@ -259,6 +285,7 @@ METHODS: Mapping[str, Callable[[Options], Method]] = {
     "luffy": luffy,
     "srft": srft,
     "chord_mu": chord_mu,
+    "relift": relift,
     "kdrl": kdrl,
 }
 """Every method that can be trained, in the order of `hptjax methods`."""

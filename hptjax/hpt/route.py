@@ -8,6 +8,7 @@
     by_table           both, weighted by how many solved                                      hpt_soft
     in_pairs           pairs of a solved and an unsolved rollout                              DPO
     corrected_where    its rollouts; the teacher's term only where the policy fails           KDRL
+    with_buffer        its rollouts; demonstrations of failed questions wait for an update of their own    ReLIFT
 
 A route says nothing of tokens, reducers or gradients: those are the method's parts (`methods.py`).
 """
@@ -26,6 +27,9 @@ from hptjax.hpt.gate import demonstration_sample, gate, select_live
 from hptjax.hpt.terms import GivenAdvantage
 from hptjax.records import Objective, Question, Sample, SampleId, Source
 
+Waiting = tuple[int, int]
+"""A question id, and the visit at which nobody solved it."""
+
 Scales = Mapping[str, Mapping[SampleId, float]]
 """Term name -> sample -> factor of its weights; 0 makes it no member of the term. Terms without an entry take all."""
 
@@ -38,6 +42,8 @@ class Judged:
       groups: question id -> its judged rollouts, sorted by id; empty where nothing is rolled out.
       solved: rollouts solved per question; [P].
       visit: of the sample ids. demonstrations: judged ones by question id, for the methods that ask for their rewards.
+      waiting: questions in the buffer, and the visit that put them there; the newest last.
+      bank: all training questions by id.
     """
 
     questions: Sequence[Question]
@@ -45,6 +51,8 @@ class Judged:
     solved: Int[np.ndarray, " P"]
     visit: int
     demonstrations: Mapping[int, Sample] = dataclasses.field(default_factory=dict)
+    waiting: Sequence[Waiting] = ()
+    bank: Mapping[int, Question] = dataclasses.field(default_factory=dict)
 
     def demonstration(self, question: Question) -> Sample:
         """The question's demonstration, with its reward if it was judged."""
@@ -66,12 +74,16 @@ class Routed:
     Args
       objectives: one per question, in order. live: the samples that enter the update, whole groups.
       scales, advantages: by term and sample, where the route has a say in them.
+      apart: samples of one more update, after the others, which the second optimizer takes.
+      waiting: the buffer after this step.
     """
 
     objectives: list[Objective]
     live: list[Sample]
     scales: Scales = dataclasses.field(default_factory=dict)
     advantages: Mapping[str, Mapping[SampleId, GivenAdvantage]] = dataclasses.field(default_factory=dict)
+    apart: list[Sample] = dataclasses.field(default_factory=list)
+    waiting: Sequence[Waiting] = ()
 
 
 Route = Callable[[Judged], Routed]
@@ -208,6 +220,32 @@ def corrected_where(term: str, where: Literal["always", "unsolved", "unsolved_gr
             "unsolved_group": lambda sample: sample.sample_id.question in failed,
         }[where]
         return dataclasses.replace(routed, scales={term: {s.sample_id: float(taught(s)) for s in routed.live}})
+
+    return route
+
+
+def with_buffer(size: int) -> Route:
+    """Every question leaves its rollouts; one whose rollouts all got reward 0 puts its demonstration into the buffer.
+
+    When the buffer holds `size` demonstrations or more, the newest `size` make an update of their own and leave it. A
+    question is in the buffer once, by its latest visit. Groups with a reward for the form alone do not enter.
+
+    Raises size < 1 -> ValueError.
+    Source ReLIFT: arXiv 2506.07527, as `spec/methods.md` 4.5 reads its code.
+    """
+    if size < 1:
+        raise ValueError(f"expected methods.relift_buffer of at least 1, got {size}; change methods.relift_buffer")
+
+    def route(judged: Judged) -> Routed:
+        routed = _live(judged, [Objective.RL] * len(judged.questions))
+        failed = [q.question_id for q in judged.questions if all(s.reward == 0.0 for s in judged.rollouts(q))]
+        waiting = [entry for entry in judged.waiting if entry[0] not in failed]
+        waiting += [(question, judged.visit) for question in failed]
+        if len(waiting) < size:
+            return dataclasses.replace(routed, waiting=tuple(waiting))
+        taken = waiting[-size:]
+        apart = [demonstration_sample(judged.bank[question], visit=visit) for question, visit in taken]
+        return dataclasses.replace(routed, apart=apart, waiting=tuple(waiting[:-size]))
 
     return route
 

@@ -29,7 +29,12 @@ from hptjax.types import MicroBatch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-REPLICATED_FIELDS = ("micro_index", "planned_tokens", "planned_digest")  # every other field of a micro-batch has rows
+REPLICATED_FIELDS = (
+    "micro_index",
+    "planned_tokens",
+    "planned_digest",
+    "optimizer",
+)  # every other field of a micro-batch has rows
 SEGMENT_FIELDS = (
     "temperature",
     "sample_index",

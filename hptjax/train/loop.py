@@ -56,6 +56,7 @@ def run(
         progress.stage += 1
         if progress.stage < len(stages):
             progress.stage_step = 0
+            progress.waiting, progress.apart_updates = [], 0
             progress.stage_updates = int(world.read(state.totals.optimizer_steps))
             state = stages[progress.stage].start(state.params, state.totals)
         else:
@@ -116,7 +117,13 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
         with _timed(seconds, "reward"):
             demonstrations = judge_demonstrations(step, world.judge) if stage.rewards_demonstrations else demonstrations
     with _timed(seconds, "assemble"):
-        gated = gate_step(step, route=stage.route, demonstrations=demonstrations)
+        gated = gate_step(
+            step,
+            route=stage.route,
+            demonstrations=demonstrations,
+            waiting=[(question, visit) for question, visit in progress.waiting],
+            bank=world.questions,
+        )
         updates = assemble_updates(
             gated,
             updates=stage.updates_per_step,
@@ -140,6 +147,7 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
             step.probe = stage.probe(state.params, batches[0])
     with _timed(seconds, "update"):
         state = _apply_updates(stage, state, progress, step, updates, batches, world)
+    progress.waiting = [list(entry) for entry in gated.routed.waiting]
     if stage.rolls_out:
         rows.append(visit_metrics(gated, step.questions, progress.history))
     rows += [step.probe or {}, update_metrics(step, updates, seconds)]
@@ -206,7 +214,9 @@ def _apply_updates(
             state = stage.micro_step(state, micro_batches[step.micro_index], world.flag(last))
             step.micro_index += 1
         report = world.read(state.report)
-        schedule_step = max(int(report.optimizer_steps) - 1 - progress.stage_updates, 0)
+        apart = update.micro_batches[0].optimizer == 1
+        done = int(report.optimizer_steps) - progress.stage_updates  # of both optimizers, this update included
+        schedule_step = progress.apart_updates if apart else max(done - 1 - progress.apart_updates, 0)
         entry = ledger_row(
             report,
             update,
@@ -215,7 +225,7 @@ def _apply_updates(
             window=progress.windows + 1,
             learning_rate=stage.learning_rate(schedule_step),
             schedule_step=schedule_step,
-            clip_norm=stage.clip_norm,
+            clip_norm=stage.apart_clip_norm if apart else stage.clip_norm,
         )
         step.ledger_rows.append(entry)
         try:
@@ -225,6 +235,7 @@ def _apply_updates(
                 world.log_ledger(row)
             raise
         progress.windows += 1
+        progress.apart_updates += int(apart and entry["status"] == "updated")
         stats = dict(report.stats)
         if step.update_index > 0:  # the weights have moved since the samples were drawn: no measure of the sampler
             stats = {name: stat for name, stat in stats.items() if not name.startswith("rollout/logp_diff")}

@@ -65,6 +65,30 @@ def make_optimizer(
     return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
 
 
+def alternating(*optimizers: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Several optimizers for the same parameters, each with moments and a schedule of its own; one takes each update.
+
+    `update` takes a keyword more, `optimizer`: the place of the one that is meant, an int32 scalar that may be traced.
+    The states of the others do not change. ReLIFT trains on rollouts with the first and on demonstrations with the
+    second.
+    """
+
+    def init(params: Any) -> tuple[Any, ...]:
+        return tuple(each.init(params) for each in optimizers)
+
+    def update(updates: Any, state: tuple[Any, ...], params: Any = None, *, optimizer: Any) -> tuple[Any, Any]:
+        def taken_by(place: int) -> Any:
+            def take() -> tuple[Any, tuple[Any, ...]]:
+                changed, own = optimizers[place].update(updates, state[place], params)
+                return changed, (*state[:place], own, *state[place + 1 :])
+
+            return take
+
+        return jax.lax.switch(optimizer, [taken_by(place) for place in range(len(optimizers))])
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def in_host_memory(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The optimizer with its moments in the host's memory: during an update they are on the device.
 
@@ -75,11 +99,13 @@ def in_host_memory(optimizer: optax.GradientTransformation) -> optax.GradientTra
     def moved(state: Any, space: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, state)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = optimizer.update(updates, moved(state, jax.memory.Space.Device), params)
+    inner = optax.with_extra_args_support(optimizer)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, moved(state, jax.memory.Space.Device), params, **extra)
         return updates, moved(state, jax.memory.Space.Host)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def check_host_memory(platform: str, kinds: Sequence[str]) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from hptjax.hpt.assemble import Update
 from hptjax.hpt.gate import demonstration_sample, group_rollouts, solved_counts, split_questions
-from hptjax.hpt.route import Judged, Route, Routed
-from hptjax.records import FinishReason, Judge, Objective, RolloutPlan, Sample
+from hptjax.hpt.route import Judged, Route, Routed, Waiting
+from hptjax.records import FinishReason, Judge, Objective, Question, RolloutPlan, Sample
 from hptjax.train.ledger import AccumulationError
 from hptjax.train.open_step import OpenStep
 from hptjax.types import Params
@@ -22,7 +22,10 @@ SampleRollouts = Callable[..., list[Sample]]
 """(params, requests, *, should_stop, on_wave) -> samples; shorter than the requests only if it was told to stop."""
 
 Assemble = Callable[..., Update]
-"""Live samples, the ids that carry no weight, the step's `Routed` and the steps done before it -> one packed update."""
+"""Live samples, the ids that carry no weight, the step's `Routed` and the steps done before it -> one packed update.
+
+`optimizer`, a keyword, says which of several takes it; 0 without.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +93,18 @@ def judge_demonstrations(step: OpenStep, judge: Judge) -> dict[int, Sample]:
     return {judged.sample_id.question: judged for judged, _ in judge(waiting, questions)}
 
 
-def gate_step(step: OpenStep, *, route: Route, demonstrations: Mapping[int, Sample]) -> Gated:
+def gate_step(
+    step: OpenStep,
+    *,
+    route: Route,
+    demonstrations: Mapping[int, Sample],
+    waiting: Sequence[Waiting],
+    bank: Mapping[int, Question],
+) -> Gated:
     """Counts what was solved and lets the method's route decide what each question learns from."""
     rollouts = group_rollouts(list(step.samples.values()))
     solved = solved_counts([question.question_id for question in step.questions], rollouts)
-    return Gated(solved, route(Judged(step.questions, rollouts, solved, step.round, demonstrations)))
+    return Gated(solved, route(Judged(step.questions, rollouts, solved, step.round, demonstrations, waiting, bank)))
 
 
 def assemble_updates(
@@ -119,10 +129,13 @@ def assemble_updates(
         chosen = frozenset(part)
         samples = [sample for sample in gated.live if sample.sample_id.question in chosen]
         packed.append(assemble(samples, dead, gated.routed, stage_step))
+    apart = gated.routed.apart
+    if apart:
+        packed.append(assemble(apart, dead, gated.routed, stage_step, optimizer=1))
     accounted = sum(len(update.samples) + update.left_out for update in packed)
-    if accounted != len(gated.live):
+    if accounted != len(gated.live) + len(apart):
         raise AccumulationError(
-            f"the gate left {len(gated.live)} live samples, but the updates account for {accounted}: some were lost or "
-            "repeated between gate and packing; nothing was trained on them"
+            f"the gate left {len(gated.live) + len(apart)} live samples, but the updates account for {accounted}: some "
+            "were lost or repeated between gate and packing; nothing was trained on them"
         )
     return packed

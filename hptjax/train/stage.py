@@ -28,7 +28,8 @@ class Stage:
         (params, micro_batch) it returns log-probs under those parameters, [B T].
       add_frozen: fills in the log-probs of frozen models (reference, teacher), where the method reads them.
       start: parameters and lifetime totals -> the stage's first state, with fresh sums and optimizer.
-      nonfinite: "raise" or "skip_window". clip_norm: of the optimizer, for the ledger.
+      nonfinite: "raise" or "skip_window". clip_norm, apart_clip_norm: of the optimizer, and of
+        the second one where there is one, for the ledger.
       micro_step: jitted and donated. learning_rate: optimizer step of this stage -> rate.
       probe: objective gradient norms of an update, (params, micro_batches) -> metrics; None where never asked.
       stream: next_batch, get_state, set_state; first_round is added to its rounds, so that no two stages share an id.
@@ -46,6 +47,7 @@ class Stage:
     mask_overlong: bool
     nonfinite: str
     clip_norm: float | None
+    apart_clip_norm: float | None
     start: Callable[[Mapping[str, Params], Any], TrainState]
     micro_step: Callable[[TrainState, MicroBatch, Any], TrainState]
     plan: RolloutPlan
@@ -100,6 +102,8 @@ class Progress:
     open_step: OpenStep | None = None
     last_metric: float | None = None
     counters: dict[str, float] = dataclasses.field(default_factory=dict)
+    waiting: list[list[int]] = dataclasses.field(default_factory=list)  # of a route with a buffer: question, visit
+    apart_updates: int = 0  # optimizer steps of the second optimizer in this stage
 
 
 def progress_to_host(progress: Progress, stream_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

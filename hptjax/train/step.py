@@ -91,13 +91,14 @@ def make_micro_step(
         ]
         status, bad_micro_batch = _status(evidence, jnp.sum(planned_tokens), norms, skip_norm)
         updated = status == Status.UPDATED
+        chosen = {} if micro_batch.optimizer is None else {"optimizer": micro_batch.optimizer}
 
         def advance(params: dict[str, Params], chains: dict[str, Chain]) -> tuple[dict[str, Params], dict[str, Any]]:
             new_params, new_optimizers = {}, {}
             for name, chain in chains.items():
                 with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
-                    updates, new_optimizers[name] = optimizers[name].update(
-                        chain.sums.gradients, chain.optimizer, wide(params[name])
+                    updates, new_optimizers[name] = optax.with_extra_args_support(optimizers[name]).update(
+                        chain.sums.gradients, chain.optimizer, wide(params[name]), **chosen
                     )
                     new_params[name] = optax.apply_updates(params[name], updates)
             return new_params, new_optimizers
