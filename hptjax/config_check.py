@@ -16,7 +16,7 @@ AT_LEAST_ONE = (
     "rollout.cache_capacity reward.workers batch.rows batch.row_tokens batch.max_segments batch.max_micro_batches "
     "train.steps train.updates_per_rollout_batch train.log_every eval.questions eval.samples_per_question "
     "checkpoint.every_steps checkpoint.keep_last mesh.replica mesh.data mesh.fsdp mesh.sequence mesh.tensor "
-    "methods.relift_buffer methods.pear_block_tokens "
+    "methods.relift_buffer methods.dapo_draws methods.pear_block_tokens "
     "model.logprob_chunk_tokens model.attention_block hpt.ranks hpt.logical_micro_tokens model.shape.hidden_size "
     "model.shape.num_layers model.shape.num_heads "
     "model.shape.num_kv_heads model.shape.head_dim model.shape.mlp_size model.shape.max_positions"
@@ -24,7 +24,8 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = (
     "seed task.seed task.low task.target_low task.max_value data.split_seed "
     "rollout.top_k optimizer.end_fraction hpt.sft_coefficient hpt.rl_coefficient hpt.entropy_coefficient "
-    "hpt.kl_coefficient hpt.correction_floor methods.chord_rise_steps methods.chord_fall_steps "
+    "hpt.kl_coefficient hpt.correction_floor methods.dapo_cushion_frac methods.chord_rise_steps "
+    "methods.chord_fall_steps "
     "optimizer.warmup_steps optimizer.weight_decay train.checksum_every train.eval_every "
     "train.probe_every train.rollouts_every train.panel_questions eval.train_questions checkpoint.keep_best"
 ).split()
@@ -203,6 +204,8 @@ def _check_method_constants(config: Config) -> None:
             f"{constants.gate_off}",
             "methods.gate_off",
         )
+    if constants.dapo_cushion_frac > 1:
+        _refuse("methods.dapo_cushion_frac in 0..1", f"{constants.dapo_cushion_frac}", "methods.dapo_cushion_frac")
     if constants.soft_table and len(constants.soft_table) != group_size + 1:
         _refuse(
             f"a row of methods.soft_table for each of 0..{group_size} solved (rollout.group_size)",

@@ -108,6 +108,8 @@ class MethodsConfig:
     pear_block_tokens: int = 8  # pear_block: ours
     implicit_beta: float = 0.1  # implicit_reward
     dpo_beta: float = 0.1
+    dapo_draws: int = 10  # dapo: batches of questions drawn for a step at the most, the first included; 1: no refill
+    dapo_cushion_frac: float = 0.2  # dapo: last part of the length limit, over which the reward falls by 1; 0: off
     luffy_gamma: float = 0.1  # luffy, hpt_off_band, hpt_soft
     srft_sign: Literal["minus", "plus"] = "minus"  # srft: of the entropy in a demonstration's weight; its code: plus?
     chord_peak: float = 0.9  # chord_mu: share of SFT after the rise

@@ -47,6 +47,7 @@ class Objective(enum.IntEnum):
     SFT = 1  # its demonstration
     OFF_POLICY = 2  # its demonstration, as a rollout that somebody else made
     BOTH = 3
+    NOTHING = 4  # all of its rollouts are solved, or none, and the method drops such groups
 
 
 @dataclasses.dataclass(frozen=True)

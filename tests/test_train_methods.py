@@ -94,6 +94,26 @@ def test_relift_trains_demonstrations_of_failed_questions_with_a_second_optimize
     assert [row["schedule_step"] for row in apart] == list(range(len(apart)))
 
 
+def test_dapo_draws_questions_until_enough_groups_vary(folder, other_model):
+    """Two questions a step; live are the whole groups of at most two questions that some rollouts solved."""
+    config = config_of(folder, "dapo", other_model)
+    config = dataclasses.replace(
+        config,
+        name="dapo-draws",
+        data=dataclasses.replace(config.data, questions_per_step=2),
+        train=dataclasses.replace(config.train, steps=4),
+    )
+    tiny.train(config)
+    rows = [row for row in read_rows(folder / "runs" / "dapo-draws" / "metrics.jsonl") if "witness/ok" in row]
+    group = config.rollout.group_size
+    drawn = [row["batch/rollouts"] // (2 * group) for row in rows]
+    assert max(drawn) > 1  # seen: a third of completions is solved, so about a fifth of groups does not vary
+    for row in rows:
+        varied = row["batch/rollouts"] // group - row["batch/solve_none"] - row["batch/solve_all"]
+        assert row["batch/live_rows"] <= group * min(varied, 2)
+        assert row["hpt/gate_sft_frac"] == 0.0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_method_without_its_needs_is_refused_with_the_list(folder, name):
     """Nothing but a policy and a reward: groups of one, no demonstrations, no frozen models."""

@@ -94,7 +94,8 @@ def build_recipe(config: Config, name: MethodName, questions_per_step: int) -> R
 def options(config: Config) -> Options:
     """The options of the methods, as the config sets them."""
     hpt, constants = config.hpt, dataclasses.asdict(config.methods)
-    del constants["relift_clip_norm"]  # of an optimizer, not of the method
+    for name in ("relift_clip_norm", "dapo_draws", "dapo_cushion_frac"):  # of the optimizer and of sampling
+        del constants[name]
     constants["srft_sign"] = -1 if config.methods.srft_sign == "minus" else 1
     constants["soft_table"] = tuple((row.rl, row.off, row.sft) for row in config.methods.soft_table)
     return Options(

@@ -22,6 +22,7 @@ from hptjax.data.stream import QuestionStream
 from hptjax.data.tokenizer import stop_ids
 from hptjax.hpt.assemble import Update, assemble
 from hptjax.hpt.route import Routed
+from hptjax.losses.advantages import overlong_penalty
 from hptjax.losses.estimator import Need
 from hptjax.records import Question, Sample, SampleId
 from hptjax.sharding.host import to_host
@@ -80,6 +81,9 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         nonfinite=config.optimizer.nonfinite,
         clip_norm=config.optimizer.clip_norm,
         apart_clip_norm=config.methods.relift_clip_norm,
+        questions_per_step=questions,
+        draws=config.methods.dapo_draws if recipe.method.refills else 1,
+        penalty=_overlong_penalty(config) if recipe.method.refills else None,
         start=start,
         micro_step=step.micro_step,
         plan=build_requests(config, stop_ids(policy.tokenizer, config.rollout.stop_ids), recipe.method.sampled()),
@@ -211,6 +215,15 @@ def _optimizer(
     ]
     chain = chains[0] if len(chains) == 1 else alternating(*chains)
     return in_host_memory(chain) if optimizer.host_memory else chain
+
+
+def _overlong_penalty(config: Config) -> Callable[[Sample], float] | None:
+    """DAPO's soft penalty over the last part of the length limit."""
+    limit = config.rollout.max_completion_tokens
+    cushion = round(config.methods.dapo_cushion_frac * limit)
+    if not cushion:
+        return None
+    return lambda sample: float(overlong_penalty(np.asarray([len(sample.completion_tokens)]), limit, cushion)[0])
 
 
 def _probe(mesh: Mesh, losses: Losses) -> Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]]:

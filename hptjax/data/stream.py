@@ -76,6 +76,10 @@ class QuestionStream:
         chosen = tuple(self._questions[int(row)] for row in rows)
         return QuestionBatch(index=index, round=index // self._batches_per_round, questions=chosen)
 
+    def at_end_of_pass(self) -> bool:
+        """Whether the next batch begins another pass over the data."""
+        return self._next_index() % self._batches_per_round == 0
+
     def get_state(self) -> dict[str, Any]:
         """The position and what it is a position in; JSON values only, equal on every process."""
         return {"next_index": self._next_index(), **self._identity}

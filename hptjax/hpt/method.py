@@ -53,6 +53,7 @@ class Method:
       rewards_demonstrations: whether the verifier is asked about them too, for a baseline over both.
       mask_overlong: whether completions that met their limit are left out of the gradient.
       apart: samples of an update of their own, with an optimizer of its own; 0: the method has no such updates.
+      refills: whether questions that leave nothing are replaced by the next ones of the stream.
       needs: beside those of the parts.
       formula, source, difference: where the parts' own do not say it.
     """
@@ -66,6 +67,7 @@ class Method:
     rewards_demonstrations: bool = False
     mask_overlong: bool = False
     apart: int = 0
+    refills: bool = False
     needs: frozenset[Need] = frozenset()
     source: str = ""
     difference: str = ""

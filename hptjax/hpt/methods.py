@@ -21,6 +21,7 @@ from hptjax.hpt.route import (
     corrected_where,
     in_pairs,
     together,
+    varied,
     with_buffer,
 )
 from hptjax.hpt.schedules import linear, rise_and_fall
@@ -118,7 +119,6 @@ def rollouts_only(name: str) -> Callable[[Options], Method]:
             route=by_gate(-1, options.group_size),
             rollouts=options.group_size,
             most_samples=options.group_size,
-            mask_overlong=name == "dapo",
         )
 
     return method
@@ -132,6 +132,19 @@ def demonstrations_only(name: str) -> Callable[[Options], Method]:
         route=by_gate(options.group_size, options.group_size),
         rollouts=0,
         most_samples=1,
+    )
+
+
+def dapo(options: Options) -> Method:
+    """DAPO: its row, on questions where some rollouts are solved and some are not; truncated ones do not learn."""
+    method = rollouts_only("dapo")(options)
+    return dataclasses.replace(
+        method,
+        route=varied,
+        refills=True,
+        mask_overlong=True,
+        difference="More questions are drawn until the batch is full, methods.dapo_draws times at most, and never past"
+        " the end of a pass over the data, so that no question comes twice in a step.",
     )
 
 
@@ -276,6 +289,7 @@ def dpo(options: Options) -> Method:
 
 METHODS: Mapping[str, Callable[[Options], Method]] = {
     **{name: rollouts_only(name) for name in ROLLOUT_ROWS},
+    "dapo": dapo,
     "dpo": dpo,
     **{name: demonstrations_only(name) for name in DEMONSTRATION_ROWS},
     "hpt": hpt,

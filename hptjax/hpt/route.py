@@ -8,6 +8,7 @@
     by_table           both, weighted by how many solved                                      hpt_soft
     in_pairs           pairs of a solved and an unsolved rollout                              DPO
     corrected_where    its rollouts; the teacher's term only where the policy fails           KDRL
+    varied             its rollouts, if some are solved and some are not                      DAPO
     with_buffer        its rollouts; demonstrations of failed questions wait for an update of their own    ReLIFT
 
 A route says nothing of tokens, reducers or gradients: those are the method's parts (`methods.py`).
@@ -43,7 +44,7 @@ class Judged:
       solved: rollouts solved per question; [P].
       visit: of the sample ids. demonstrations: judged ones by question id, for the methods that ask for their rewards.
       waiting: questions in the buffer, and the visit that put them there; the newest last.
-      bank: all training questions by id.
+      bank: all training questions by id. wanted: questions of a step, where a route drops some and more were drawn.
     """
 
     questions: Sequence[Question]
@@ -53,6 +54,7 @@ class Judged:
     demonstrations: Mapping[int, Sample] = dataclasses.field(default_factory=dict)
     waiting: Sequence[Waiting] = ()
     bank: Mapping[int, Question] = dataclasses.field(default_factory=dict)
+    wanted: int = 0
 
     def demonstration(self, question: Question) -> Sample:
         """The question's demonstration, with its reward if it was judged."""
@@ -222,6 +224,23 @@ def corrected_where(term: str, where: Literal["always", "unsolved", "unsolved_gr
         return dataclasses.replace(routed, scales={term: {s.sample_id: float(taught(s)) for s in routed.live}})
 
     return route
+
+
+def varied(judged: Judged) -> Routed:
+    """The rollouts of questions where some are solved and some are not, of the first `judged.wanted` of these."""
+    learns = [varies(judged.rollouts(question)) for question in judged.questions]
+    room = np.cumsum(learns) <= judged.wanted
+    objectives = [
+        Objective.RL if learn and fits else Objective.NOTHING for learn, fits in zip(learns, room.tolist(), strict=True)
+    ]
+    kept = zip(judged.questions, objectives, strict=True)
+    live = [sample for q, objective in kept if objective == Objective.RL for sample in judged.rollouts(q)]
+    return Routed(objectives, live)
+
+
+def varies(group: Sequence[Sample]) -> bool:
+    """Whether some of the group are solved and some are not. Source DAPO: arXiv 2503.14476, dynamic sampling."""
+    return len({sample.solved for sample in group}) > 1
 
 
 def with_buffer(size: int) -> Route:

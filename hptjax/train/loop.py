@@ -20,7 +20,15 @@ from hptjax.sharding.agree import check_same
 from hptjax.sharding.peers import phase
 from hptjax.train.ledger import AccumulationError, check, ledger_row
 from hptjax.train.open_step import OpenStep
-from hptjax.train.phases import assemble_updates, gate_step, judge_demonstrations, judge_rollouts, roll_out, unjudged
+from hptjax.train.phases import (
+    assemble_updates,
+    gate_step,
+    judge_demonstrations,
+    judge_rollouts,
+    roll_out,
+    unjudged,
+    varied_questions,
+)
 from hptjax.train.stage import Cadence, Progress, Stage, World, progress_to_host
 from hptjax.train.state import TrainState
 from hptjax.train.step_metrics import merge_stats, rollout_metrics, update_metrics, visit_metrics
@@ -123,6 +131,7 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
             demonstrations=demonstrations,
             waiting=[(question, visit) for question, visit in progress.waiting],
             bank=world.questions,
+            wanted=stage.questions_per_step,
         )
         updates = assemble_updates(
             gated,
@@ -175,10 +184,25 @@ def _roll_out_in_rounds(
         if not complete:
             _save(stage, state, progress, world, wait=True)
             raise Stopped
-        if not unjudged(step):
+        if unjudged(step):
+            with _timed(seconds, "reward"):
+                judge_rollouts(step, world.judge, stage.penalty)
+        elif not _draw_more(stage, step):
             return
-        with _timed(seconds, "reward"):
-            judge_rollouts(step, world.judge)
+
+
+def _draw_more(stage: Stage, step: OpenStep) -> bool:
+    """Adds the stream's next questions to a step that has too few to learn from; False where there is nothing to add.
+
+    It stays within a pass over the data: no question comes twice, and all have the step's visit.
+    """
+    if step.draws >= stage.draws or stage.stream.at_end_of_pass():
+        return False
+    if varied_questions(step) >= stage.questions_per_step:
+        return False
+    step.questions.extend(stage.stream.next_batch().questions)
+    step.draws += 1
+    return True
 
 
 def _score(

@@ -25,6 +25,7 @@ class OpenStep:
       update_index, micro_index: the next micro-batch to be added.
       scores: the score pass's log-probs, [update][micro-batch] stacked flat; host arrays, only kept across a stop.
       ledger_rows, stats: of the updates of this step that are done; stats are (total, count), or (peak,).
+      draws: batches of the stream that the questions are of.
       probe: norms of each objective's gradient at the start of the step, where they were due.
     """
 
@@ -39,6 +40,7 @@ class OpenStep:
     ledger_rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     stats: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     probe: dict[str, float] | None = None
+    draws: int = 1
 
 
 def to_json(step: OpenStep) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def to_json(step: OpenStep) -> dict[str, Any]:
         "ledger_rows": step.ledger_rows,
         "stats": step.stats,
         "probe": step.probe,
+        "draws": step.draws,
     }
 
 
@@ -75,6 +78,7 @@ def from_json(saved: Mapping[str, Any], questions: Mapping[int, Question], score
         ledger_rows=list(saved["ledger_rows"]),
         stats=dict(saved["stats"]),
         probe=saved["probe"],
+        draws=saved["draws"],
     )
 
 

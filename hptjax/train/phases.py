@@ -12,7 +12,7 @@ import numpy as np
 
 from hptjax.hpt.assemble import Update
 from hptjax.hpt.gate import demonstration_sample, group_rollouts, solved_counts, split_questions
-from hptjax.hpt.route import Judged, Route, Routed, Waiting
+from hptjax.hpt.route import Judged, Route, Routed, Waiting, varies
 from hptjax.records import FinishReason, Judge, Objective, Question, RolloutPlan, Sample
 from hptjax.train.ledger import AccumulationError
 from hptjax.train.open_step import OpenStep
@@ -77,13 +77,20 @@ def unjudged(step: OpenStep) -> list[Sample]:
     return [entry for key, entry in step.samples.items() if key not in step.verdicts]
 
 
-def judge_rollouts(step: OpenStep, judge: Judge) -> None:
-    """Asks the verifiers about the samples that have no verdict yet."""
+def judge_rollouts(step: OpenStep, judge: Judge, penalty: Callable[[Sample], float] | None = None) -> None:
+    """Asks the verifiers about the samples that have no verdict yet; `penalty` is added to their rewards."""
     waiting = unjudged(step)
     questions = {question.question_id: question for question in step.questions}
     for judged, verdicts in judge(waiting, questions) if waiting else ():
+        if penalty is not None and judged.reward is not None:
+            judged = dataclasses.replace(judged, reward=judged.reward + penalty(judged))
         step.samples[judged.sample_id] = judged
         step.verdicts[judged.sample_id] = verdicts
+
+
+def varied_questions(step: OpenStep) -> int:
+    """Questions of the step whose rollouts are neither all solved nor all unsolved."""
+    return sum(varies(group) for group in group_rollouts(list(step.samples.values())).values())
 
 
 def judge_demonstrations(step: OpenStep, judge: Judge) -> dict[int, Sample]:
@@ -100,11 +107,13 @@ def gate_step(
     demonstrations: Mapping[int, Sample],
     waiting: Sequence[Waiting],
     bank: Mapping[int, Question],
+    wanted: int,
 ) -> Gated:
     """Counts what was solved and lets the method's route decide what each question learns from."""
     rollouts = group_rollouts(list(step.samples.values()))
     solved = solved_counts([question.question_id for question in step.questions], rollouts)
-    return Gated(solved, route(Judged(step.questions, rollouts, solved, step.round, demonstrations, waiting, bank)))
+    judged = Judged(step.questions, rollouts, solved, step.round, demonstrations, waiting, bank, wanted)
+    return Gated(solved, route(judged))
 
 
 def assemble_updates(

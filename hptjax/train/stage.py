@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hptjax.hpt.route import Route
-from hptjax.records import Judge, Question, RolloutPlan
+from hptjax.records import Judge, Question, RolloutPlan, Sample
 from hptjax.train.open_step import OpenStep, from_json, to_json
 from hptjax.train.phases import Assemble, Gated, SampleRollouts
 from hptjax.train.state import TrainState
@@ -28,6 +28,9 @@ class Stage:
         (params, micro_batch) it returns log-probs under those parameters, [B T].
       add_frozen: fills in the log-probs of frozen models (reference, teacher), where the method reads them.
       start: parameters and lifetime totals -> the stage's first state, with fresh sums and optimizer.
+      questions_per_step: that leave something for the update, where there are as many. draws: batches of questions
+        that a step may take from the stream to have them.
+      penalty: what is added to a rollout's reward beside the verifiers' word; it is never above 0.
       nonfinite: "raise" or "skip_window". clip_norm, apart_clip_norm: of the optimizer, and of
         the second one where there is one, for the ledger.
       micro_step: jitted and donated. learning_rate: optimizer step of this stage -> rate.
@@ -48,6 +51,9 @@ class Stage:
     nonfinite: str
     clip_norm: float | None
     apart_clip_norm: float | None
+    questions_per_step: int
+    draws: int
+    penalty: Callable[[Sample], float] | None
     start: Callable[[Mapping[str, Params], Any], TrainState]
     micro_step: Callable[[TrainState, MicroBatch, Any], TrainState]
     plan: RolloutPlan
