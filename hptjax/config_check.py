@@ -8,6 +8,7 @@ import re
 from hptjax.config import Config, flatten, resolved
 from hptjax.config_batch import micro_batches_needed, samples_per_update, steps_of
 from hptjax.config_methods import GATED, learns_from_demonstrations, learns_from_rollouts, samples_per_bundle
+from hptjax.config_prefix import prefix_problems
 
 AT_LEAST_ONE = (
     "task.instances data.train_questions data.validation_questions data.test_questions data.questions_per_step "
@@ -18,7 +19,7 @@ AT_LEAST_ONE = (
     "checkpoint.every_steps checkpoint.keep_last mesh.replica mesh.data mesh.fsdp mesh.sequence mesh.tensor "
     "methods.relift_buffer methods.dapo_draws methods.pear_block_tokens "
     "model.logprob_chunk_tokens model.attention_block hpt.ranks hpt.logical_micro_tokens model.shape.hidden_size "
-    "model.shape.num_layers model.shape.num_heads "
+    "model.shape.num_layers model.shape.num_heads methods.uft_segments "
     "model.shape.num_kv_heads model.shape.head_dim model.shape.mlp_size model.shape.max_positions"
 ).split()
 AT_LEAST_ZERO = (
@@ -26,6 +27,7 @@ AT_LEAST_ZERO = (
     "rollout.top_k optimizer.end_fraction hpt.sft_coefficient hpt.rl_coefficient hpt.entropy_coefficient "
     "hpt.kl_coefficient hpt.correction_floor methods.dapo_cushion_frac methods.chord_rise_steps "
     "methods.chord_fall_steps "
+    "methods.uft_steps methods.uft_coefficient methods.prefix_steps "
     "optimizer.warmup_steps optimizer.weight_decay train.checksum_every train.eval_every "
     "train.probe_every train.rollouts_every train.panel_questions eval.train_questions checkpoint.keep_best"
 ).split()
@@ -33,6 +35,7 @@ ABOVE_ZERO = (
     "rollout.temperature rollout.top_p reward.deadline_s optimizer.learning_rate optimizer.eps eval.temperature "
     "optimizer.clip_norm optimizer.skip_norm hpt.clip_low hpt.clip_high optimizer.decay_steps model.shape.rope_theta "
     "distributed.timeout_s hpt.clip_bound hpt.correction_cap methods.trsft_floor methods.pear_gamma "
+    "methods.prefix_clip_low methods.prefix_clip_high "
     "methods.implicit_beta methods.dpo_beta methods.luffy_gamma methods.relift_clip_norm"
 ).split()
 
@@ -140,11 +143,12 @@ def _check_rollout(config: Config) -> None:
             f"{buckets[-1]}",
             "rollout.prompt_buckets or data.max_prompt_tokens",
         )
-    needed = buckets[-1] + rollout.max_completion_tokens
+    needed = max(buckets[-1], data.max_prompt_tokens + rollout.max_completion_tokens)
     if rollout.cache_capacity < needed:
         _refuse(
-            f"rollout.cache_capacity of at least {needed} (last prompt bucket {buckets[-1]} + "
-            f"rollout.max_completion_tokens {rollout.max_completion_tokens})",
+            f"rollout.cache_capacity of at least {needed} (the last prompt bucket, {buckets[-1]}, and "
+            f"data.max_prompt_tokens {data.max_prompt_tokens} + rollout.max_completion_tokens "
+            f"{rollout.max_completion_tokens})",
             f"{rollout.cache_capacity}",
             "rollout.cache_capacity",
         )
@@ -197,6 +201,8 @@ def _check_objective(config: Config) -> None:
 
 
 def _check_method_constants(config: Config) -> None:
+    for problem in prefix_problems(config):
+        _refuse(*problem)
     constants, group_size = config.methods, config.rollout.group_size
     if not config.hpt.gate <= constants.gate_off <= group_size and config.method == "hpt_off_band":
         _refuse(

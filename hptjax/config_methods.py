@@ -38,6 +38,9 @@ MethodName = Literal[
     "chord_mu",
     "relift",
     "kdrl",
+    "trapo",
+    "uft",
+    "prefix_rft",
 ]  # the names of hpt/methods.py; `hptjax methods` prints what each of them is
 
 RolloutRow = Literal[
@@ -61,14 +64,14 @@ FROM_DEMONSTRATIONS = frozenset(
 GATED = frozenset({"hpt", "hpt_off_band", "random_gate"})  # a demonstration or a group per question
 BESIDE_A_GROUP = frozenset({"hpt_soft", "srft", "chord_mu"})  # the demonstration joins a whole group
 IN_A_GROUP = frozenset({"luffy"})  # the demonstration takes the place of a rollout
-
+CONTINUED = frozenset({"trapo", "uft", "prefix_rft"})  # rollouts that start with a part of the demonstration
 APART = frozenset({"relift"})  # demonstrations make updates of their own
 PAIRED = frozenset({"dpo"})  # two samples share a row
 
 
 def learns_from_demonstrations(method: str) -> bool:
     """Whether demonstrations can enter an update of the method."""
-    return method in FROM_DEMONSTRATIONS | GATED | BESIDE_A_GROUP | IN_A_GROUP | APART
+    return method in FROM_DEMONSTRATIONS | GATED | BESIDE_A_GROUP | IN_A_GROUP | CONTINUED | APART
 
 
 def learns_from_rollouts(method: str) -> bool:
@@ -98,6 +101,15 @@ class SoftRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class MicroGroupRow:
+    """A micro-group of a question's rollouts in method trapo."""
+
+    count: int  # rollouts
+    ratio: float  # share of the demonstration they are given; 1: all of it, and nothing is sampled
+    below: float  # ... where the mean reward of all earlier rollouts of the question is below this
+
+
+@dataclasses.dataclass(frozen=True)
 class MethodsConfig:
     """Constants of single methods, as published where there is a published value; the others do not read them."""
 
@@ -122,3 +134,18 @@ class MethodsConfig:
     relift_buffer: int = 128  # relift: failed questions that make an update of their demonstrations
     relift_clip_norm: float | None = 0.7  # relift: of that update's gradient
     kdrl_where: Literal["always", "unsolved", "unsolved_group"] = "always"  # kdrl: which rollouts the teacher corrects
+    trapo_constants: Literal["paper", "code"] = "paper"  # trapo: micro-groups, row of the rollouts, whose prefix learns
+    trapo_groups: Annotated[tuple[MicroGroupRow, ...], struct_list(MicroGroupRow)] = ()  # trapo: instead of published
+    trapo_delimiters: tuple[int, ...] = ()  # trapo: tokens that end a step; a prefix runs on to the next of them
+    uft_segments: int = 5  # uft: parts of a demonstration, each of which may be part of the hint
+    uft_peak: float = 0.95  # uft: chance of each at the start
+    uft_valley: float = 0.05  # uft: ... and at the last step with hints
+    uft_steps: int = 300  # uft: steps with hints
+    uft_coefficient: float = 0.001  # uft: of the hint's SFT
+    prefix_high: float = 0.95  # prefix_rft: largest share of a demonstration that is given; unverified
+    prefix_low: float = 0.05  # prefix_rft: where the smallest share ends, which starts at the largest; unverified
+    prefix_steps: int = 500  # prefix_rft: steps until then; unverified
+    prefix_entropy_share: float = 0.2  # prefix_rft: prefix tokens that learn, those of highest entropy; unverified
+    prefix_clip_low: float | None = None  # prefix_rft: as hpt.clip_low, on prefix tokens; None: the same
+    prefix_clip_high: float | None = None  # prefix_rft: as hpt.clip_high, on prefix tokens; None: the same
+    prefix_clip_bound: float = 3.0  # prefix_rft: cap of the ratio where the advantage is negative

@@ -122,7 +122,7 @@ class Sample:
       reward: None until a verifier has spoken. solved: the verifier's yes or no, which the gate counts.
       pair_id: samples that need each other in one forward pass share it (a bundle the packer never splits); -1: none.
       temperature: the log-probs of this sample are those of logits / temperature.
-      decode_shape: the compiled shape that sampled it (contract 4), empty for demonstrations.
+      decode_shape: the compiled shape that sampled it (contract 4), empty where nothing was sampled.
       demonstration_logprobs: of a demonstration's tokens, by the model that wrote it; nats; None if not stored.
     """
 

@@ -45,6 +45,8 @@ class MicroBatch:
       sample_index: per segment, the place in the update's flat list; -1 where there is no segment.
       sample_hash: per segment, 64 mixed bits of the sample's id, as two words; noise is keyed by it. 0 if no segment.
       source: per segment, a `Source`; -1 where there is no segment.
+      first_written: per segment, the position of the first target that the segment's author wrote: those before it are
+        prompt and forced prefix; 0 if no segment. None: nothing is forced.
       pair_ids: per segment, 1 upwards; the segments of a row that are compared with each other share it; 0: none.
       optimizer: which of a tree's optimizers takes the update (`train.optimizer.alternating`); None: there is one.
       micro_index: which micro-batch of its update this is, 0 upwards.
@@ -73,6 +75,7 @@ class MicroBatch:
     teacher_logprobs: Float[Array, "B T"] | None = None
     demonstration_logprobs: Float[Array, "B T"] | None = None
     pair_ids: Int[Array, "B S"] | None = None
+    first_written: Int[Array, "B S"] | None = None
     optimizer: Int[Array, ""] | None = None
 
 

@@ -14,7 +14,7 @@ from hptjax.config import Config, RewardFunction, RuleConfig, StageConfig, chang
 from hptjax.config_batch import micro_batches_needed, samples_per_update
 from hptjax.config_check import check
 from hptjax.config_load import load_config, read_file
-from hptjax.config_methods import SoftRow
+from hptjax.config_methods import MicroGroupRow, SoftRow
 
 SMALLEST = '[model]\ntokenizer = "somewhere"\n'
 
@@ -101,6 +101,8 @@ def other_value(hint: typing.Any, value: typing.Any) -> tuple[list[str], typing.
         return ['[{name = "other", weight = 2.5}]'], (RewardFunction("other", 2.5),)
     if hint == tuple[SoftRow, ...]:
         return ["[{rl = 0, off = 0.5, sft = 1}]"], (SoftRow(0.0, 0.5, 1.0),)
+    if hint == tuple[MicroGroupRow, ...]:
+        return ["[{count = 4, ratio = 0.5, below = 1}]"], (MicroGroupRow(4, 0.5, 1.0),)
     if hint == tuple[RuleConfig, ...]:
         return ['[{axis = "embed", over = ["data", "fsdp"]}]'], (RuleConfig("embed", ("data", "fsdp")),)
     if typing.get_origin(hint) is tuple:
@@ -205,6 +207,17 @@ def test_config_nearest_key_survives_a_lost_letter(path):
         ({"rollout__prompt_buckets": (24, 12)}, ["ascending"]),
         ({"rollout__prompt_buckets": (12,)}, ["holds data.max_prompt_tokens (24)", "got 12"]),
         ({"rollout__cache_capacity": 47}, ["rollout.cache_capacity of at least 48", "got 47"]),
+        ({"method": "trapo"}, ["last prompt bucket of at least 36", "up to 12 tokens", "rollout.prompt_buckets"]),
+        ({"method": "uft"}, ["last prompt bucket of at least 47", "got 24"]),
+        (
+            {"method": "trapo", "rollout__group_size": 4, "rollout__prompt_buckets": (24, 48)},
+            ["rollout.group_size 8 for the last stage (trapo)", "got 4", "methods.trapo_groups"],
+        ),
+        ({"methods__trapo_groups": (MicroGroupRow(8, 0.5, 0.5),)}, ["a first micro-group that starts from the prompt"]),
+        ({"methods__trapo_groups": (MicroGroupRow(0, 0.0, 0.5),)}, ["a count of at least 1", "got count 0"]),
+        ({"methods__prefix_low": 0.99}, ["methods.prefix_low <= methods.prefix_high", "0.99 and 0.95"]),
+        ({"methods__prefix_entropy_share": 0.0}, ["methods.prefix_entropy_share in (0, 1]"]),
+        ({"methods__prefix_clip_bound": 1.0}, ["methods.prefix_clip_bound above 1"]),
         ({"rollout__temperature": 0.0}, ["rollout.temperature above 0"]),
         ({"rollout__temperature": float("nan")}, ["finite rollout.temperature"]),
         ({"rollout__top_p": 1.5}, ["rollout.top_p in (0, 1]"]),

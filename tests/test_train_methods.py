@@ -12,6 +12,7 @@ from hptjax.build.method import REMEDY, build_recipe, met_needs, options
 from hptjax.build.policy import build_policy
 from hptjax.config_methods import (
     MethodName,
+    MicroGroupRow,
     RolloutRow,
     learns_from_demonstrations,
     learns_from_rollouts,
@@ -36,7 +37,7 @@ def test_config_names_are_those_of_the_table(tmp_path):
         assert method.name == name
         assert method.most_samples == samples_per_question(name, config.rollout.group_size)
         assert (method.rollouts > 0) == learns_from_rollouts(name)
-        demonstrations = any(part.kind == "sft" or part.name == "off" for part in method.parts)
+        demonstrations = any(part.kind == "sft" or part.name in ("off", "prefix") for part in method.parts)
         assert demonstrations == learns_from_demonstrations(name)
 
 
@@ -55,7 +56,21 @@ def other_model(folder):
 
 
 MODELS = {"kdrl": "teacher", **{f"pear_{kind}": "demonstration_author" for kind in ("token", "block", "sequence")}}
-QUICK = ("gspo", "dpo", "pear_block", "hpt_off_band", "hpt_soft", "luffy", "srft", "kdrl")  # the others: make test-full
+QUICK = (
+    "gspo",
+    "dpo",
+    "pear_block",
+    "hpt_off_band",
+    "hpt_soft",
+    "luffy",
+    "srft",
+    "kdrl",
+    "trapo",
+    "prefix_rft",
+)  # others: make test-full
+
+
+MICRO_GROUPS = (MicroGroupRow(2, 0.0, -1.0), MicroGroupRow(1, 0.5, 0.9), MicroGroupRow(1, 1.0, 1.1))
 
 
 def config_of(folder, name, other_model, **changes):
@@ -63,7 +78,8 @@ def config_of(folder, name, other_model, **changes):
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, **({MODELS[name]: other_model} if name in MODELS else {})),
-        methods=dataclasses.replace(config.methods, relift_buffer=2),
+        methods=dataclasses.replace(config.methods, relift_buffer=2, trapo_groups=MICRO_GROUPS),
+        rollout=dataclasses.replace(config.rollout, prompt_buckets=(24, 44)),
         batch=dataclasses.replace(config.batch, row_tokens=96 if name == "dpo" else 48),
         train=dataclasses.replace(config.train, steps=3, eval_every=0, rollouts_every=0),
         eval=dataclasses.replace(config.eval, train_questions=0),

@@ -13,7 +13,7 @@ from hptjax.config import Config, HptConfig
 from hptjax.config_methods import MethodName
 from hptjax.hpt.method import DEMONSTRATIONS, ROLLOUTS, Method, Part, Share, all_needs
 from hptjax.hpt.methods import METHODS, Options
-from hptjax.hpt.terms import Term
+from hptjax.hpt.terms import Term, completion_span
 from hptjax.losses import kl, reducers, table
 from hptjax.losses.advantages import ones
 from hptjax.losses.entropy import entropy_token_loss
@@ -75,8 +75,10 @@ def build_recipe(config: Config, name: MethodName, questions_per_step: int) -> R
                 shares[part.name],
                 part.row.advantage if isinstance(part.row, Estimator) else ones,
                 token_advantage=part.row.token_advantage if isinstance(part.row, Estimator) else None,
-                normalised_over=together,
+                normalised_over=together or part.normalised_over,
                 judged_with=part.judged_with,
+                span=part.span,
+                counted=completion_span if together else part.counted,
             )
             for part in parts
         )
@@ -97,6 +99,7 @@ def options(config: Config) -> Options:
     for name in ("relift_clip_norm", "dapo_draws", "dapo_cushion_frac"):  # of the optimizer and of sampling
         del constants[name]
     constants["srft_sign"] = -1 if config.methods.srft_sign == "minus" else 1
+    constants["trapo_groups"] = tuple((row.count, row.ratio, row.below) for row in config.methods.trapo_groups)
     constants["soft_table"] = tuple((row.rl, row.off, row.sft) for row in config.methods.soft_table)
     return Options(
         group_size=config.rollout.group_size,

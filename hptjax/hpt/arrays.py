@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int, UInt32
 
-from hptjax.hpt.terms import TermValues
+from hptjax.hpt.terms import TermValues, written_span
 from hptjax.records import Sample, Source
 from hptjax.types import MicroBatch, TermPlane
 
@@ -91,6 +91,7 @@ def micro_batch_arrays(
     hashes = segments_array(0, np.uint32, sample_hashes)
     source = segments_array(-1, np.int32, np.asarray([int(s.source) for s in samples], np.int32))
     pair_ids = segments_array(0, np.int32, _pairs_by_seat(samples, segment, max_segments))
+    first_written = segments_array(0, np.int32, np.asarray([written_span(s)[0] for s in samples], np.int32))
     unscored = cut(positions_array(np.float32))
     return tuple(
         MicroBatch(
@@ -110,6 +111,7 @@ def micro_batch_arrays(
             sample_hash=hashes[m],
             source=source[m],
             pair_ids=pair_ids[m],
+            first_written=first_written[m],
             micro_index=np.asarray(m, np.int32),
             planned_tokens=planned_tokens,
             planned_digest=planned_digest,

@@ -8,10 +8,12 @@ from typing import Literal
 from hptjax.hpt.plan import PrefixPlan, free_group
 from hptjax.hpt.route import Route
 from hptjax.hpt.schedules import Schedule
+from hptjax.hpt.terms import SpanFn, written_span
 from hptjax.losses.estimator import Estimator, ExtraTerm, Need
 from hptjax.records import Source
 
 ROLLOUTS = frozenset({Source.ROLLOUT, Source.PREFIX})
+CONTINUED = frozenset({Source.PREFIX})
 DEMONSTRATIONS = frozenset({Source.DEMONSTRATION})
 
 Share = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "dr_grpo", "official_fixed_rl"]
@@ -30,6 +32,8 @@ class Part:
       coefficient: the published one. schedule: a factor that changes with the steps.
       reducer: the published one.
       judged_with: sources that share the groups' statistics beside the part's own.
+      span: which tokens of them; those their author wrote, or the forced prefix.
+      counted, normalised_over: what the reducer counts, as in `terms.Term`.
     """
 
     name: str
@@ -40,6 +44,9 @@ class Part:
     coefficient: float = 1.0
     schedule: Schedule | None = None
     judged_with: frozenset[Source] = frozenset()
+    span: SpanFn = written_span
+    counted: SpanFn | None = None
+    normalised_over: frozenset[Source] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

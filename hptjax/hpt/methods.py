@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 from hptjax.hpt.method import DEMONSTRATIONS, ROLLOUTS, Method, Part
+from hptjax.hpt.methods_prefix import prefix_rft, trapo, uft
+from hptjax.hpt.options import Options
 from hptjax.hpt.route import (
     Route,
     by_band,
@@ -30,43 +31,6 @@ from hptjax.losses.estimator import Estimator, ExtraTerm, Need
 from hptjax.losses.kl import k2_token_loss
 from hptjax.losses.view import TokenView, stored
 from hptjax.types import Array
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a user may choose of the methods; the defaults are the published values where there are any.
-
-    Args
-      group_size: rollouts per question. seed: of draws that are no sampling (random_gate).
-      gate, gate_off: HPT's thresholds. rollout_row: the row of HPT's rollouts. clip: None: as published.
-      soft_table: for 0..group_size solved, coefficients (rollouts, off-policy demonstration, SFT); empty: linear.
-      the rest: constants of single methods, by name.
-    """
-
-    group_size: int
-    seed: int = 0
-    gate: int = 0
-    gate_off: int = 1
-    rollout_row: str = "dr_grpo"
-    clip: table.Clip | None = None
-    soft_table: tuple[tuple[float, float, float], ...] = ()
-    trsft_floor: float = 0.1
-    pear_gamma: float = 0.999
-    pear_block_tokens: int = 8
-    implicit_beta: float = 0.1
-    dpo_beta: float = 0.1
-    luffy_gamma: float = 0.1
-    srft_sign: Literal[-1, 1] = -1
-    chord_peak: float = 0.9
-    chord_valley: float = 0.05
-    chord_rise_steps: int = 0
-    chord_fall_steps: int = 200
-    kdrl_beta: float = 5e-3
-    kdrl_end_beta: float = 1e-3
-    kdrl_steps: int = 280
-    kdrl_where: Literal["always", "unsolved", "unsolved_group"] = "always"
-    relift_buffer: int = 128
-
 
 ROLLOUT_ROWS: Mapping[str, Callable[[table.Clip | None], Estimator]] = {
     "reinforce": lambda clip: table.REINFORCE,
@@ -301,6 +265,9 @@ METHODS: Mapping[str, Callable[[Options], Method]] = {
     "chord_mu": chord_mu,
     "relift": relift,
     "kdrl": kdrl,
+    "trapo": trapo,
+    "uft": uft,
+    "prefix_rft": prefix_rft,
 }
 """Every method that can be trained, in the order of `hptjax methods`."""
 

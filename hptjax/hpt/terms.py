@@ -69,6 +69,8 @@ class Term:
         alone.
       judged_with: samples of these sources share the groups' statistics beside the members: LUFFY and SRFT judge
         rollouts and demonstration by the mean of both.
+      counted: the tokens that the reducer counts, where they are not those of the span: prefix and continuation may be
+        two terms that share one token mean. None: the span's.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Term:
     normalised_over: frozenset[Source] | None = None
     token_advantage: TokenAdvantageFn | None = None
     judged_with: frozenset[Source] = frozenset()
+    counted: SpanFn | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +117,8 @@ def term_values(
 
     Advantages are taken over all members, dead ones too, so a group keeps its baseline. The reducer sees the dead
     with no tokens: they share in no normaliser that counts tokens or sequences with tokens. With `normalised_over` it
-    also sees the samples of those sources, by the same span, and the members take their part of its weights.
+    also sees the samples of those sources, by the same span (or `counted`), and the members take their part of its
+    weights.
 
     Args
       alive: False keeps a sample in its group's statistics and out of the gradient.
@@ -145,6 +149,12 @@ def term_values(
         if alive[i]:
             start[i], stop[i] = term.span(samples[i])
     tokens = stop - start
+    counts = tokens
+    if term.counted is not None:
+        counts = np.zeros(count, np.int64)
+        for i in counted:
+            first, last = term.counted(samples[i])
+            counts[i] = last - first if alive[i] else 0
     for i in np.flatnonzero((start < 0) | (tokens < 0)).tolist():
         raise ValueError(f"term {term.name!r}: sample {samples[i].sample_id} has the span {start[i]}..{stop[i]}")
     groups = np.asarray([s.group_id for s in samples], np.int64)
@@ -152,7 +162,7 @@ def term_values(
     outside = np.setdiff1d(normalising, chosen)
     by_token: list[np.ndarray] | None = None
     if tokens[chosen].any():
-        share = term.reducer(_population(samples, normalising, tokens, groups, partition))
+        share = term.reducer(_population(samples, normalising, counts, groups, partition))
         weights[normalising] = term.coefficient * np.asarray(share, np.float64)
         if scales is not None:
             weights[chosen] *= [scales[samples[i].sample_id] for i in members]

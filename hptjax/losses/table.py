@@ -26,8 +26,11 @@
     SRFT_OFF         everywhere       1                    GRPO's, of the union   p x A
     SRFT_SFT         everywhere       current policy       1                      exp(-H) / 2
     SRFT_ON          everywhere       current policy       +1 or -1               exp(H) / 10 or -1
+    PREFIX_RFT       dual clip        rollout policy       as GRPO, by prefix     clip mask x ratio x A
+    PREFIX_RFT_OFF   dual clip        rollout policy       R - mean of free       top entropy x clip mask x ratio x A
 
-The last four are for demonstrations beside rollouts of the same question (union: the rewards of both).
+The last six are for demonstrations beside rollouts of the same question (union: the rewards of both); two of them for
+rollouts that continue a demonstration's prefix (free: rollouts without one).
 
 The fourth component, the likelihood, is the same for all: `upge_token_loss`. How tokens are added up (token mean,
 sequence mean, constant ...) is a setting of its own: a row names the published one, see `reducers.py`. A new method is
@@ -41,7 +44,7 @@ The rows stand in `table_sft.py`, `table_rl.py` and `table_hybrid.py`; what a ro
 from __future__ import annotations
 
 from hptjax.losses.estimator import Estimator, ExtraTerm, Need, missing_needs, policy_token_loss
-from hptjax.losses.table_hybrid import LUFFY_OFF, SRFT_OFF, SRFT_ON, SRFT_SFT
+from hptjax.losses.table_hybrid import LUFFY_OFF, PREFIX_RFT, PREFIX_RFT_OFF, SRFT_OFF, SRFT_ON, SRFT_SFT
 from hptjax.losses.table_rl import (
     CISPO,
     CISPO_TABLE,
@@ -77,6 +80,8 @@ __all__ = [
     "PEAR_SEQUENCE",
     "PEAR_TOKEN",
     "PPO",
+    "PREFIX_RFT",
+    "PREFIX_RFT_OFF",
     "REINFORCE",
     "REINFORCE_PP",
     "RLOO",

@@ -7,9 +7,10 @@ import dataclasses
 from hptjax.losses.advantages import centred, signed, standardised
 from hptjax.losses.denominators import current_policy, shaped, unit
 from hptjax.losses.estimator import Estimator, Need
-from hptjax.losses.stability import everywhere
+from hptjax.losses.stability import dual_clip, everywhere
+from hptjax.losses.table_rl import GRPO, Clip
 from hptjax.losses.table_sft import SFT
-from hptjax.losses.weights import entropy_weight, where_positive
+from hptjax.losses.weights import entropy_weight, top_entropy_of_sequence, where_positive
 
 
 def LUFFY_OFF(gamma: float = 0.1) -> Estimator:
@@ -68,4 +69,41 @@ def SRFT_ON(scale: float = 0.1) -> Estimator:
         source="arXiv 2506.19767; second-hand, agrees with HPT's re-implementation",
         reducer="dr_grpo",
         needs=frozenset({Need.ENTROPY}),
+    )
+
+
+def PREFIX_RFT(clip: Clip = (0.2, 0.2), cap: float = 3.0) -> Estimator:
+    """Prefix-RFT's written tokens: GRPO with a dual clip, judged among rollouts of the same prefix.
+
+    Args
+      clip: (low, high). cap: of the ratio where A < 0; 3.
+    """
+    return dataclasses.replace(
+        GRPO(clip),
+        name="prefix_rft",
+        stability_mask=dual_clip(*clip, cap),
+        formula="1_dual A grad pi / pi_rollout, A = (R - mean) / std over rollouts of the same question and prefix",
+        source="arXiv 2507.01679; code ZeroYuHuang/prefix_rft",
+        reducer="token_mean",
+        extra_terms=(),
+        difference="A rollout that is alone with its prefix has A = R. The code has a variant without std.",
+    )
+
+
+def PREFIX_RFT_OFF(share: float = 0.2, clip: Clip = (0.2, 0.2), cap: float = 3.0) -> Estimator:
+    """Prefix-RFT's prefix tokens: the demonstration's, pushed by how much the prefix helped, where entropy is high.
+
+    Args
+      share: of a prefix's tokens that learn. clip, cap: as in `PREFIX_RFT`, with a range of their own.
+    """
+    row = PREFIX_RFT(clip, cap)
+    return dataclasses.replace(
+        row,
+        name="prefix_rft_off",
+        advantage=centred,
+        select=(top_entropy_of_sequence(share),),
+        formula="1_top 1_dual A grad pi / pi_rollout, A = (R - mean of the free rollouts) / rollouts of the prefix",
+        needs=row.needs | {Need.DEMONSTRATIONS, Need.ENTROPY},
+        difference="The share is unverified. The code takes it over the prefixes of a micro-batch; here it is of each"
+        " prefix, the same under any split. Its clip range of the prefix is computed and, with the clip on, not used.",
     )

@@ -104,6 +104,22 @@ def segment_suffix(view: TokenView, values: Float[Array, "B T"]) -> Float[Array,
     return sums
 
 
+def segment_rank(view: TokenView, values: Float[Array, "B T"]) -> Int[Array, "B T"]:
+    """How many live tokens of each token's sequence have a larger value, the earlier of equals first; 0 where not live.
+
+    By sorting, O(T log T): comparing all pairs of a row would hold [B T T].
+    """
+    ids, live = stored(view.segment_ids, "segment_ids"), stored(view.live, "live")
+    slot = jnp.where(live, ids, view.max_segments + 1)  # what is not live comes last, whatever stands there
+    falling = jnp.where(live, -jax.lax.stop_gradient(values), 0)
+    place = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=ids.dtype), ids.shape)
+    sorted_slot, _, sorted_place = jax.lax.sort((slot, falling, place), dimension=1, num_keys=2, is_stable=True)
+    first = jnp.pad(sorted_slot[:, 1:] != sorted_slot[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    rank = place - jax.lax.cummax(jnp.where(first, place, 0), axis=1)
+    _, back = jax.lax.sort((sorted_place, rank), dimension=1, num_keys=1, is_stable=True)
+    return jnp.where(live, back, 0)
+
+
 def block_suffix(view: TokenView, values: Float[Array, "B T"], block_tokens: int) -> Float[Array, "B T"]:
     """Sum of `values` over the live tokens of all later blocks of each token's sequence; the same within a block.
 

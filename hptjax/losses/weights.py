@@ -9,6 +9,7 @@ gradient. With rho = pi_rollout / pi_sampler:
     masked_is        rho where low <= rho <= high, else 0   MIS
     entropy_weight   scale * exp(sign * mean entropy of the sequence)   SRFT
     top_entropy      1 where the entropy is at least a threshold, else 0
+    top_entropy_of_sequence   1 on a share of each sequence's tokens, those with the highest entropy, else 0
 
 Weights normalised to mean 1 over an update, and the threshold of a quantile, are statistics of the whole update: they
 come from the host (`mismatch.py`, `selection.py`) as numbers or as advantages, never from a micro-batch.
@@ -22,7 +23,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from hptjax.losses.view import TokenFn, TokenView, mismatch_log_ratio, segment_mean, segment_sum, stored
+from hptjax.losses.view import (
+    TokenFn,
+    TokenView,
+    mismatch_log_ratio,
+    segment_mean,
+    segment_rank,
+    segment_sum,
+    stored,
+)
 from hptjax.types import Array
 
 
@@ -105,6 +114,25 @@ def top_entropy(threshold: Float[Array, ""] | float) -> TokenFn:
     return lambda view, advantages: (jax.lax.stop_gradient(stored(view.entropy, "entropy")) >= threshold).astype(
         view.logprobs.dtype
     )
+
+
+def top_entropy_of_sequence(share: float) -> TokenFn:
+    """Makes 1 on the n - floor((1 - share) n) of a sequence's n live tokens whose entropy is highest, else 0.
+
+    Args
+      share: 0 < share <= 1; at 1 no token is left out.
+    Raises share outside its range -> ValueError.
+    Source Prefix-RFT's selection (arXiv 2507.01679), which its code makes over the prefixes of a micro-batch.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share: expected a fraction in (0, 1], got {share}")
+
+    def weight(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
+        tokens = segment_sum(view, jnp.ones_like(view.logprobs))
+        rank = segment_rank(view, stored(view.entropy, "entropy")).astype(view.logprobs.dtype)
+        return (rank < tokens - jnp.floor((1.0 - share) * tokens)).astype(view.logprobs.dtype)
+
+    return weight
 
 
 def _log_positive(name: str, value: float) -> float:

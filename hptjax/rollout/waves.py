@@ -143,7 +143,7 @@ def _problem(request: Request, shape: DecodeShape) -> str | None:
             f"max_completion_tokens {limit} with a forced prefix of {prefix} tokens; expected a limit of at least 1 "
             f"that holds the prefix: raise rollout.max_completion_tokens"
         )
-    if prompt + prefix > shape.prompt_buckets[-1]:
+    if prompt + prefix > shape.prompt_buckets[-1] and needs_sampling(request):
         return (
             f"its context has {prompt} prompt + {prefix} prefix tokens, more than the largest bucket "
             f"{shape.prompt_buckets[-1]}; add a larger one to rollout.prompt_buckets"
@@ -265,5 +265,5 @@ def finished_sample(
         finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
         prefix_len=len(prefix),
         temperature=request.temperature,
-        decode_shape=shape.describe(request),
+        decode_shape=shape.describe(request) if needs_sampling(request) else "",
     )

@@ -41,6 +41,7 @@ SEGMENT_FIELDS = (
     "sample_hash",
     "source",
     "pair_ids",
+    "first_written",
 )  # rows of segments; the others are [B T]
 
 

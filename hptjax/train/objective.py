@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from hptjax.losses.kl import k3
 from hptjax.losses.logprobs import TokenStats
@@ -58,6 +58,14 @@ def _pair_ids(micro_batch: MicroBatch) -> Int[Array, "B T"] | None:
         return None
     slots = jnp.maximum(micro_batch.segment_ids - 1, 0)
     return jnp.where(micro_batch.segment_ids > 0, jnp.take_along_axis(micro_batch.pair_ids, slots, axis=1), 0)
+
+
+def _is_forced(micro_batch: MicroBatch) -> Bool[Array, "B T"]:
+    """True on prompt and forced prefix: the targets that their segment's author did not write."""
+    if micro_batch.first_written is None:
+        return jnp.zeros(micro_batch.segment_ids.shape, bool)
+    slots = jnp.maximum(micro_batch.segment_ids - 1, 0)
+    return micro_batch.positions < jnp.take_along_axis(micro_batch.first_written, slots, axis=1)
 
 
 def term_view(view: TokenView, micro_batch: MicroBatch, name: str) -> TokenView:
@@ -109,7 +117,8 @@ def _statistics(
     live = micro_batch.completion_mask
     source = per_token(micro_batch.source.astype(jnp.float32), micro_batch, padding=-1.0)
     demonstration = live & (source == int(Source.DEMONSTRATION))
-    rollout = live & (source >= 0.0) & ~demonstration
+    forced = live & (source == int(Source.PREFIX)) & _is_forced(micro_batch)
+    rollout = live & (source >= 0.0) & ~demonstration & ~forced
     logprobs = jax.lax.stop_gradient(view.logprobs)
     sampler_gap = jnp.abs(logprobs - micro_batch.sampler_logprobs)
     log_ratio = logprobs - view.rollout_logprobs
@@ -126,6 +135,8 @@ def _statistics(
         "rollout/logp_diff_mean": over(rollout, sampler_gap),
         "rollout/logp_diff_max": Peak(jnp.max(jnp.where(rollout, sampler_gap, 0.0))),
     }
+    if "prefix" in named:
+        stats["actor/prefix_nll"] = over(forced, -logprobs)
     if "kl" in named:
         stats["actor/kl_loss"] = over(rollout, k3(logprobs, micro_batch.reference_logprobs))
     if scored:

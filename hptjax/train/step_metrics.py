@@ -137,7 +137,11 @@ def update_metrics(step: OpenStep, updates: Sequence[Update], seconds: Mapping[s
     rows = step.ledger_rows
     trained = sum(int(update.planned_tokens.sum()) for update in updates)
     generated = sum(len(sample.completion_tokens) - sample.prefix_len for sample in step.samples.values())
-    prompts = {sample.sample_id.question: len(sample.prompt_tokens) for sample in step.samples.values()}
+    contexts = {  # each different one is prefilled once
+        (sample.sample_id.question, sample.prefix_len): len(sample.prompt_tokens) + sample.prefix_len
+        for sample in step.samples.values()
+        if sample.prefix_len < len(sample.completion_tokens)
+    }
     row |= {
         "actor/grad_norm": max(norm for entry in rows for norm in entry["grad_norm"].values()),
         "actor/lr": rows[-1]["learning_rate"],
@@ -150,7 +154,7 @@ def update_metrics(step: OpenStep, updates: Sequence[Update], seconds: Mapping[s
         "perf/total_num_tokens": trained + generated,
         "perf/cpu_memory_used_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "perf/packed_tokens": sum(target_length(sample) for update in updates for sample in update.samples),
-        "perf/prefilled_tokens": sum(prompts.values()),
+        "perf/prefilled_tokens": sum(contexts.values()),
         "perf/time_per_step": sum(seconds.values()),
         "perf/throughput": (trained + generated, sum(seconds.values()) * jax.device_count()),
         "perf/update_tokens_per_s": (trained, seconds["update"]),
