@@ -3,6 +3,7 @@
 # make test-full    the slow tests too
 # make kill-matrix  every broken version against every layer of proof; writes the table into docs/proofs.md
 # make base-model   trains the base model that the repository ships
+# make base-model-longer   the same training carried on: the teacher and author in the examples of `hptjax methods`
 # make lint         ruff and mypy
 # make plan-1.5b    what HPT on a 1.5B model does on 16 v5e chips that need not be there (installs libtpu into .venv-tpu)
 # make plan-all     the same for 1.5B, 7B and 8B on v5e, v5p, v6e and two slices
@@ -22,7 +23,7 @@ ifeq ($(filter $(ACCEL),cpu cuda13 tpu),)
 $(error expected ACCEL to be cpu, cuda13 or tpu, got '$(ACCEL)')
 endif
 
-.PHONY: plan-1.5b plan-all quickstart test test-full kill-matrix base-model lint venv
+.PHONY: plan-1.5b plan-all quickstart test test-full kill-matrix base-model base-model-longer lint venv
 
 quickstart: $(STAMP)
 	$(BIN)/hptjax train configs/quickstart.toml
@@ -38,6 +39,10 @@ kill-matrix: $(STAMP)
 
 base-model: $(STAMP)
 	$(BIN)/hptjax train configs/base_model.toml
+
+base-model-longer: $(STAMP)
+	$(BIN)/hptjax train configs/base_model.toml --name base_model_longer --train.steps 1200 \
+	    --checkpoint.export-folder hptjax/base_model_longer
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check hptjax tests launch benchmarks

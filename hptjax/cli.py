@@ -17,6 +17,7 @@ from hptjax.cli_options import (
     CompareOptions,
     DoctorOptions,
     EvalOptions,
+    MethodsOptions,
     PlanOptions,
     SampleOptions,
 )
@@ -41,6 +42,7 @@ commands
   compare CONFIG   several methods from the same base under the same budget: one table, one plot
   explain CONFIG   batch arithmetic, bytes and token weights, before anything runs
   plan CONFIG      bytes, FLOPs, collectives and time on a TPU that need not be there, and whether it fits
+  methods [NAME]   the table of the methods; of one: formula, source, needs and a config that trains it (--toml)
   audit TARGET     whether a trainer, yours or another, adds up every micro-batch; names those it does not
   doctor           what this machine has and lacks
 
@@ -235,6 +237,26 @@ def command_audit(arguments: list[str]) -> int:
     return 1 if report.faults else 0
 
 
+def command_methods(arguments: list[str]) -> int:
+    """Prints the table of methods, or one of them."""
+    options = tyro.cli(MethodsOptions, args=arguments, prog="hptjax methods", config=(tyro.conf.FlagCreatePairsOff,))
+    if options.toml and (options.name is None or options.json):
+        raise ValueError("expected one method and no --json beside --toml, as in `hptjax methods luffy --toml`.")
+    from rich.console import Console
+
+    from hptjax import methods_text
+
+    names = methods_text.all_names() if options.name is None else [methods_text.closest(options.name)]
+    if options.json:
+        found = [methods_text.method_words(name) for name in names]
+        print(json.dumps(found if options.name is None else found[0], indent=2))
+    elif options.name is None:
+        methods_text.print_table(Console(width=None if sys.stdout.isatty() else methods_text.WIDTH))
+    else:
+        print(methods_text.toml(names[0]) if options.toml else methods_text.method_text(names[0]), end="")
+    return 0
+
+
 def command_doctor(arguments: list[str]) -> int:
     """Prints what this machine has; status 1 where training cannot run."""
     options = command_line(DoctorOptions(), arguments, prog="hptjax doctor")
@@ -270,6 +292,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": command_compare,
     "explain": command_explain,
     "plan": command_plan,
+    "methods": command_methods,
     "audit": command_audit,
     "doctor": command_doctor,
 }

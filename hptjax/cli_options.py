@@ -98,6 +98,17 @@ class PlanOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class MethodsOptions:
+    """What the methods are: the table, or one of them in full."""
+
+    name: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help="one method; left out: the table of all")
+    ] = None
+    toml: bool = False  # of one method: only a config that trains it
+    json: bool = False  # as JSON
+
+
+@dataclasses.dataclass(frozen=True)
 class AuditOptions:
     """What is audited, and how."""
 

@@ -179,5 +179,26 @@ def struct_list(entry: type) -> Any:
 
 
 def inline_table(values: Mapping[str, Any]) -> str:
-    """A flat mapping as a TOML inline table; None is left out."""
-    return "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None) + "}"
+    """A mapping as a TOML inline table; None is left out."""
+    return "{" + ", ".join(f"{key} = {toml_value(value)}" for key, value in values.items() if value is not None) + "}"
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it: JSON, but for tables."""
+    if isinstance(value, Mapping):
+        return inline_table(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(entry) for entry in value) + "]"
+    return json.dumps(value)
+
+
+def toml_text(values: Mapping[str, Any]) -> str:
+    """A config file with these fields: the single ones, then a section for each mapping; None is left out."""
+    sections = {name: value for name, value in values.items() if isinstance(value, Mapping)}
+    single = {name: value for name, value in values.items() if name not in sections}
+    parts = [_assignments(single), *(f"[{name}]\n" + _assignments(section) for name, section in sections.items())]
+    return "\n".join(part for part in parts if part)
+
+
+def _assignments(values: Mapping[str, Any]) -> str:
+    return "".join(f"{key} = {toml_value(value)}\n" for key, value in values.items() if value is not None)

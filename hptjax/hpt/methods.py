@@ -30,6 +30,7 @@ from hptjax.losses import table
 from hptjax.losses.estimator import Estimator, ExtraTerm, Need
 from hptjax.losses.kl import k2_token_loss
 from hptjax.losses.view import TokenView, stored
+from hptjax.losses.words import said
 from hptjax.types import Array
 
 ROLLOUT_ROWS: Mapping[str, Callable[[table.Clip | None], Estimator]] = {
@@ -186,7 +187,9 @@ def srft(options: Options) -> Method:
 def chord_mu(options: Options) -> Method:
     """CHORD-mu: (1 - mu) GRPO + mu SFT, mu falling over the run."""
     mu = rise_and_fall(options.chord_peak, options.chord_valley, options.chord_rise_steps, options.chord_fall_steps)
-    grpo = dataclasses.replace(_on_rollouts(ROLLOUT_ROWS["grpo"](options.clip)), schedule=lambda step: 1.0 - mu(step))
+    grpo = dataclasses.replace(
+        _on_rollouts(ROLLOUT_ROWS["grpo"](options.clip)), schedule=said("1 - mu")(lambda step: 1.0 - mu(step))
+    )
     sft = dataclasses.replace(_on_demonstrations(table.SFT), schedule=mu)
     return Method(
         name="chord_mu",
@@ -305,5 +308,6 @@ def _off_policy(row: Estimator, *, judged_with: bool = True) -> Part:
     )
 
 
+@said("k2 to the teacher")
 def _k2_to_teacher(view: TokenView) -> Array:
     return k2_token_loss(view.logprobs, stored(view.teacher_logprobs, "teacher_logprobs"))

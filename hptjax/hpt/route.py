@@ -26,6 +26,7 @@ from jaxtyping import Int
 from hptjax.hpt.digest import UNDRAWN_INDEX, sample_hashes
 from hptjax.hpt.gate import demonstration_sample, gate, select_live
 from hptjax.hpt.terms import GivenAdvantage
+from hptjax.losses.words import said
 from hptjax.records import Objective, Question, Sample, SampleId, Source
 
 Waiting = tuple[int, int]
@@ -94,6 +95,9 @@ Route = Callable[[Judged], Routed]
 def by_gate(threshold: int, group_size: int) -> Route:
     """HPT: the demonstration iff at most `threshold` of the group solved. -1 is pure RL, `group_size` pure SFT."""
 
+    everywhere = "its rollouts" if threshold < 0 else "its demonstration" if threshold == group_size else None
+
+    @said(everywhere or f"its demonstration where at most {threshold} of {group_size} solved, else its rollouts")
     def route(judged: Judged) -> Routed:
         return _live(judged, gate(judged.solved, threshold=threshold, group_size=group_size))
 
@@ -114,6 +118,10 @@ def by_band(threshold: int, off_threshold: int, group_size: int, *, off_term: st
             f"expected hpt.gate <= methods.gate_off, got {threshold} and {off_threshold}; change methods.gate_off"
         )
 
+    @said(
+        f"its demonstration where at most {threshold} of {group_size} solved, the same as an off-policy rollout where "
+        f"at most {off_threshold}, else its rollouts"
+    )
     def route(judged: Judged) -> Routed:
         low = gate(judged.solved, threshold=threshold, group_size=group_size)
         high = gate(judged.solved, threshold=off_threshold, group_size=group_size)
@@ -140,6 +148,10 @@ def by_chance(threshold: int, group_size: int, *, seed: int) -> Route:
     The draw is keyed by seed, question and visit, so it does not depend on order and a run replays.
     """
 
+    @said(
+        f"its demonstration or its rollouts by chance; as many demonstrations as questions with at most {threshold} of "
+        f"{group_size} solved"
+    )
     def route(judged: Judged) -> Routed:
         chosen = sum(o == Objective.SFT for o in gate(judged.solved, threshold=threshold, group_size=group_size))
         order = np.argsort(_draws([q.question_id for q in judged.questions], judged.visit, seed), kind="stable")
@@ -151,6 +163,7 @@ def by_chance(threshold: int, group_size: int, *, seed: int) -> Route:
     return route
 
 
+@said("its rollouts and its demonstration")
 def together(judged: Judged) -> Routed:
     """Every question leaves its rollouts and its demonstration. LUFFY, SRFT, CHORD."""
     live = [
@@ -170,6 +183,7 @@ def by_table(table: Sequence[tuple[float, float, float]], *, terms: tuple[str, s
       terms: the names of these three terms.
     """
 
+    @said("its rollouts and its demonstration, with coefficients by how many rollouts solved")
     def route(judged: Judged) -> Routed:
         scales: dict[str, dict[SampleId, float]] = {name: {} for name in terms}
         live, objectives = [], []
@@ -195,6 +209,7 @@ def in_pairs(term: str) -> Route:
     A question where all or none are solved leaves nothing. Pairs are numbered over the step.
     """
 
+    @said("pairs of a solved and an unsolved rollout")
     def route(judged: Judged) -> Routed:
         live: list[Sample] = []
         advantages: dict[SampleId, GivenAdvantage] = {}
@@ -213,6 +228,9 @@ def in_pairs(term: str) -> Route:
 def corrected_where(term: str, where: Literal["always", "unsolved", "unsolved_group"]) -> Route:
     """Every question leaves its rollouts; `term` covers all of them, the unsolved ones, or groups nobody solved."""
 
+    covered = {"always": "all of them", "unsolved": "the unsolved ones", "unsolved_group": "groups that nobody solved"}
+
+    @said(f"its rollouts; {term} on {covered[where]}")
     def route(judged: Judged) -> Routed:
         routed = _live(judged, [Objective.RL] * len(judged.questions))
         failed = {q.question_id for q, n in zip(judged.questions, judged.solved.tolist(), strict=True) if n == 0}

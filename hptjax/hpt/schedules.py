@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from hptjax.losses.words import said
 from hptjax.masked import ratio
 
 Schedule = Callable[[int], float]
@@ -13,12 +14,13 @@ Schedule = Callable[[int], float]
 
 def constant(value: float) -> Schedule:
     """`value`, always."""
-    return lambda step: value
+    return said(f"{value:g}")(lambda step: value)
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
     """From `start` to `end` over `steps`, then `end`. KDRL anneals its teacher this way."""
-    return lambda step: end if step >= steps else start + (end - start) * ratio(float(step), float(steps))
+    words = said(f"{start:g} to {end:g} in {steps} steps")
+    return words(lambda step: end if step >= steps else start + (end - start) * ratio(float(step), float(steps)))
 
 
 def rise_and_fall(peak: float, valley: float, rise_steps: int, fall_steps: int) -> Schedule:
@@ -27,6 +29,7 @@ def rise_and_fall(peak: float, valley: float, rise_steps: int, fall_steps: int) 
     Source CHORD's mu: arXiv 2508.11408, as `spec/methods.md` 4.4 reads its code.
     """
 
+    @said(f"mu, 0 to {peak:g} in {rise_steps}, to {valley:g} in {fall_steps} steps")
     def value(step: int) -> float:
         if step < rise_steps:
             return peak * ratio(float(step), float(rise_steps))

@@ -16,15 +16,18 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from hptjax import masked
+from hptjax.losses.words import said
 
 AdvantageFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
+@said("1")
 def ones(rewards: Float[np.ndarray, " N"], group_ids: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """1 for every sample, whatever its reward: the sample is a demonstration. SFT."""
     return np.ones(rewards.shape, np.float64)
 
 
+@said("R")
 def raw_reward(rewards: Float[np.ndarray, " N"], group_ids: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """The reward itself: what GAE with gamma = lambda = 1 and a value of 0 gives when the reward comes at the end.
 
@@ -33,11 +36,13 @@ def raw_reward(rewards: Float[np.ndarray, " N"], group_ids: Int[np.ndarray, " N"
     return finite_rewards(rewards)
 
 
+@said("+1 or -1")
 def signed(rewards: Float[np.ndarray, " N"], group_ids: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """+1 where the reward is positive, else -1. REINFORCE of the UPGE table (arXiv 2509.04419 v2, Tab. 1)."""
     return np.where(finite_rewards(rewards) > 0, 1.0, -1.0)
 
 
+@said("R - mean")
 def centred(
     rewards: Float[np.ndarray, " N"],
     group_ids: Int[np.ndarray, " N"],
@@ -58,6 +63,7 @@ def centred(
     return advantages
 
 
+@said("(R - mean) / std")
 def standardised(
     rewards: Float[np.ndarray, " N"],
     group_ids: Int[np.ndarray, " N"],
@@ -82,6 +88,7 @@ def standardised(
     return advantages
 
 
+@said("R - mean of the others")
 def leave_one_out(rewards: Float[np.ndarray, " N"], group_ids: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """`R - mean of the others in the group` = G / (G - 1) times `centred`; a group of one gives R.
 
@@ -96,6 +103,7 @@ def leave_one_out(rewards: Float[np.ndarray, " N"], group_ids: Int[np.ndarray, "
     return advantages
 
 
+@said("(R - mean) / std of the update")
 def batch_standardised(
     rewards: Float[np.ndarray, " N"], group_ids: Int[np.ndarray, " N"], *, eps: float = 1e-6, ddof: int = 1
 ) -> Float[np.ndarray, " N"]:

@@ -34,21 +34,25 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from hptjax.losses.view import TokenFn, TokenView, pair_sum, rollout_log_ratio, segment_mean, segment_sum, stored
+from hptjax.losses.words import said
 from hptjax.types import Array
 
 Denominator = TokenFn
 
 
+@said("p")
 def current_policy(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """sg(logprobs): the weight on grad log pi is exactly 1. SFT and REINFORCE."""
     return jax.lax.stop_gradient(view.logprobs)
 
 
+@said("p_rollout")
 def rollout_policy(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """rollout_logprobs (the papers' pi_old, re-scored by the trainer): the weight is the ratio. PPO, GRPO, Dr.GRPO."""
     return jax.lax.stop_gradient(stored(view.rollout_logprobs, "rollout_logprobs"))
 
 
+@said("1")
 def unit(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """log 1 = 0: the weight is pi itself, for text whose author's probabilities are unknown. Offline RL, DFT."""
     return jnp.zeros_like(view.logprobs)
@@ -64,9 +68,15 @@ def at_least(floor: float) -> TokenFn:
     """
     if not 0 < floor <= 1:
         raise ValueError(f"floor: expected a probability in (0, 1], got {floor}")
-    return lambda view, advantages: jnp.maximum(jax.lax.stop_gradient(view.logprobs), math.log(floor))
+
+    @said(f"max(p, {floor:g})")
+    def denominator(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
+        return jnp.maximum(jax.lax.stop_gradient(view.logprobs), math.log(floor))
+
+    return denominator
 
 
+@said("1 / (1 - p)")
 def inverse_doubt(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """`1 / (1 - p)`: the weight is p (1 - p), which lets go of tokens that are certain either way.
 
@@ -88,6 +98,7 @@ def shaped(gamma: float) -> TokenFn:
     if not gamma > 0:
         raise ValueError(f"gamma: expected a number > 0, got {gamma}")
 
+    @said(f"(p + {gamma:g})^2 / {gamma:g}")
     def denominator(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         probability = jnp.exp(jax.lax.stop_gradient(view.logprobs))
         return 2 * jnp.log(probability + gamma) - math.log(gamma)
@@ -106,12 +117,14 @@ def clipped_ratio(low: float, high: float) -> TokenFn:
     """
     lowest, highest = log_bounds(low, high)
 
+    @said(f"p / clip(ratio, {interval_words(low, high)})")
     def denominator(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return jax.lax.stop_gradient(view.logprobs) - jnp.clip(rollout_log_ratio(view), lowest, highest)
 
     return denominator
 
 
+@said("p / s, s of the sequence")
 def sequence_ratio(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """`p / s` with s = exp(mean of the sequence's log ratios): one weight for the whole sequence.
 
@@ -132,6 +145,7 @@ def clipped_geometric(log_low: float, log_high: float) -> TokenFn:
     """
     _not_negative(log_low, log_high)
 
+    @said(f"p / rho, of log ratios within -{log_low:g}..{log_high:g}")
     def denominator(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         log_ratio = rollout_log_ratio(view)
         held = jnp.where(advantages > 0, jnp.minimum(log_ratio, log_high), jnp.maximum(log_ratio, -log_low))
@@ -151,6 +165,7 @@ def sigmoid_gate(temperature_positive: float, temperature_negative: float) -> To
     if not (temperature_positive > 0 and temperature_negative > 0):
         raise ValueError(f"temperatures: expected numbers > 0, got {temperature_positive}, {temperature_negative}")
 
+    @said(f"p_rollout / 4 s (1 - s), tau {temperature_positive:g}, {temperature_negative:g}")
     def denominator(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         tau = jnp.where(advantages > 0, temperature_positive, temperature_negative).astype(view.logprobs.dtype)
         x = tau * jnp.expm1(rollout_log_ratio(view))
@@ -170,6 +185,7 @@ def implicit_reward(beta: float, log_weight: Callable[[Any], Any], *, whole_sequ
     Source the hook for arXiv 2507.00018; its own f-divergence losses are not claimed (`spec/methods.md` 3.3).
     """
 
+    @said(f"p / w(u), u = {beta:g} log(p / p_reference)")
     def denominator(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         reward = beta * jax.lax.stop_gradient(view.logprobs - stored(view.reference_logprobs, "reference_logprobs"))
         if whole_sequence:
@@ -189,6 +205,7 @@ def pair(beta: float) -> TokenFn:
     Source DPO: arXiv 2305.18290, the gradient of its loss.
     """
 
+    @said(f"p / ({beta:g} sigma(-D))")
     def denominator(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         log_ratio = jax.lax.stop_gradient(view.logprobs - stored(view.reference_logprobs, "reference_logprobs"))
         margin = beta * pair_sum(view, advantages * log_ratio)
@@ -201,6 +218,11 @@ def log_bounds(low: float, high: float) -> tuple[float, float]:
     """`log(1 - low)` and `log(1 + high)`; minus infinity for low >= 1. Raises low or high negative -> ValueError."""
     _not_negative(low, high)
     return math.log1p(-low) if low < 1 else -math.inf, math.log1p(high)
+
+
+def interval_words(low: float, high: float) -> str:
+    """The interval of the ratio with these half-widths, such as `0.8..1.28`."""
+    return f"{max(1 - low, 0):.5g}..{1 + high:.5g}"
 
 
 def _not_negative(low: float, high: float) -> None:

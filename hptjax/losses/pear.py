@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from hptjax.losses.view import TokenFn, TokenView, block_suffix, segment_suffix, segment_sum, stored
+from hptjax.losses.words import said
 from hptjax.types import Array
 
 
@@ -41,6 +42,7 @@ def pear_suffix(gamma: float = 0.999, held: PearRange = PUBLISHED) -> TokenFn:
     """Makes the denominator of the token variant: `G_t = gamma^(tokens after t) * product of their ratios`."""
     step = _log_gamma(gamma)
 
+    @said("p / G, G of the tokens after")
     def denominator(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return _over(view, segment_suffix(view, _held_log_ratio(view, held) + step), held)
 
@@ -55,6 +57,7 @@ def pear_blocks(block_tokens: int, gamma: float = 0.999, held: PearRange = PUBLI
     """
     step = _log_gamma(gamma)
 
+    @said(f"p / G, G of the blocks after, {block_tokens} tokens each")
     def denominator(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return _over(view, block_suffix(view, _held_log_ratio(view, held) + step, block_tokens), held)
 
@@ -63,7 +66,9 @@ def pear_blocks(block_tokens: int, gamma: float = 0.999, held: PearRange = PUBLI
 
 def pear_whole(held: PearRange = PUBLISHED) -> TokenFn:
     """Makes the denominator of the sequence variant: the product of all the sequence's ratios, on every token."""
-    return lambda view, advantages: _over(view, segment_sum(view, _held_log_ratio(view, held)), held)
+    return said("p / G, G of the whole")(
+        lambda view, advantages: _over(view, segment_sum(view, _held_log_ratio(view, held)), held)
+    )
 
 
 def _held_log_ratio(view: TokenView, held: PearRange) -> Any:

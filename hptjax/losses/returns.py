@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from hptjax import masked
 from hptjax.losses.advantages import finite_rewards
+from hptjax.losses.words import said
 
 TokenAdvantageFn = Callable[[Any, Any, Any], Any]
 """(rewards [N], group_ids [N], lengths [N]) -> advantages [X], for methods whose advantage differs between tokens."""
@@ -62,6 +63,7 @@ def whitened(
     return out
 
 
+@said("whitened return-to-go")
 def reinforce_pp_advantages(
     rewards: Float[np.ndarray, " N"],
     group_ids: Int[np.ndarray, " N"],

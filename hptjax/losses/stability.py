@@ -24,13 +24,15 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from hptjax.losses.denominators import log_bounds
+from hptjax.losses.denominators import interval_words, log_bounds
 from hptjax.losses.view import TokenFn, TokenView, mismatch_log_ratio, rollout_log_ratio, segment_mean
+from hptjax.losses.words import said
 from hptjax.types import Array
 
 StabilityMask = TokenFn
 
 
+@said("1")
 def everywhere(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """1 on every token: no mask. SFT, REINFORCE and the published HPT script."""
     return jnp.ones_like(view.logprobs)
@@ -50,6 +52,7 @@ def ppo_clip(low: float, high: float) -> StabilityMask:
     """
     lowest, highest = log_bounds(low, high)
 
+    @said(f"ratio in {interval_words(low, high)}")
     def ppo_clip_mask(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return _kept(rollout_log_ratio(view), advantages, highest, lowest)
 
@@ -69,6 +72,7 @@ def dual_clip(low: float, high: float, cap: float = 3.0) -> StabilityMask:
     lowest, highest = log_bounds(low, high)
     log_cap = _log_above_one("cap", cap)
 
+    @said(f"ratio in {interval_words(low, high)}, {cap:g} where A < 0")
     def dual_clip_mask(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return _kept(rollout_log_ratio(view), advantages, highest, lowest, log_cap)
 
@@ -88,6 +92,7 @@ def two_sided_clip(low: float, high: float, delta: float = 4.0) -> StabilityMask
     log_delta = _log_above_one("delta", delta)
     ceiling, cap = min(highest, log_delta), max(highest, log_delta)
 
+    @said(f"ratio in {interval_words(low, high)}, ceiling {delta:g}")
     def two_sided_mask(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return _kept(rollout_log_ratio(view), advantages, ceiling, lowest, cap)
 
@@ -104,6 +109,7 @@ def sequence_clip(low: float, high: float) -> StabilityMask:
     """
     lowest, highest = log_bounds(low, high)
 
+    @said(f"s in {interval_words(low, high)}")
     def sequence_clip_mask(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return _kept(segment_mean(view, rollout_log_ratio(view)), advantages, highest, lowest)
 
@@ -118,6 +124,7 @@ def log_clip(log_low: float, log_high: float) -> StabilityMask:
     if log_low < 0 or log_high < 0:
         raise ValueError(f"clip: expected half-widths >= 0 in log ratio, got low={log_low}, high={log_high}")
 
+    @said(f"log ratio in -{log_low:g}..{log_high:g}")
     def log_clip_mask(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return _kept(rollout_log_ratio(view), advantages, log_high, -log_low)
 
@@ -132,7 +139,8 @@ def band(low: float = 0.5, high: float = 5.0) -> StabilityMask:
     Source IcePop (`spec/methods.md` 2.11).
     """
     inside = _inside(low, high)
-    return lambda view, advantages: inside(mismatch_log_ratio(view))
+    words = said(f"p_rollout / p_sampler in {low:g}..{high:g}")
+    return words(lambda view, advantages: inside(mismatch_log_ratio(view)))
 
 
 def sequence_band(low: float = 0.999, high: float = 1.001) -> StabilityMask:
@@ -143,7 +151,8 @@ def sequence_band(low: float = 0.999, high: float = 1.001) -> StabilityMask:
     Source verl's geometric rejection (`spec/methods.md` 2.11).
     """
     inside = _inside(low, high)
-    return lambda view, advantages: inside(segment_mean(view, mismatch_log_ratio(view)))
+    words = said(f"sequence's p_rollout / p_sampler in {low:g}..{high:g}")
+    return words(lambda view, advantages: inside(segment_mean(view, mismatch_log_ratio(view))))
 
 
 def _kept(log_ratio: Any, advantages: Any, highest: float, lowest: float, cap: float = math.inf) -> Any:

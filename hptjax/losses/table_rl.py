@@ -23,6 +23,7 @@ from hptjax.losses.estimator import Estimator, ExtraTerm, Need
 from hptjax.losses.returns import reinforce_pp_advantages
 from hptjax.losses.stability import everywhere, log_clip, ppo_clip, sequence_clip
 from hptjax.losses.view import TokenView, stored
+from hptjax.losses.words import said
 from hptjax.types import Array
 
 Clip = tuple[float, float]  # half-widths (low, high) of the trust region in the ratio
@@ -31,6 +32,7 @@ _OFF_POLICY = frozenset({Need.ROLLOUT_LOGPROBS})
 _GROUPED = frozenset({Need.ROLLOUT_LOGPROBS, Need.GROUPS})
 
 
+@said("k3 to the reference")
 def _k3(view: TokenView) -> Array:
     return kl.k3_token_loss(view.logprobs, stored(view.reference_logprobs, "reference_logprobs"))
 

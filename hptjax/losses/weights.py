@@ -32,6 +32,7 @@ from hptjax.losses.view import (
     segment_sum,
     stored,
 )
+from hptjax.losses.words import said, words_of
 from hptjax.types import Array
 
 
@@ -45,7 +46,8 @@ def token_tis(cap: float = 2.0, scale: float = 1.0) -> TokenFn:
     Source `spec/methods.md` 2.11.
     """
     log_cap = _log_positive("cap", cap)
-    return lambda view, advantages: scale * jnp.exp(jnp.minimum(mismatch_log_ratio(view), log_cap))
+    words = said(f"min(rho, {cap:g})")
+    return words(lambda view, advantages: scale * jnp.exp(jnp.minimum(mismatch_log_ratio(view), log_cap)))
 
 
 def sequence_tis(cap: float = 2.0, scale: float = 1.0) -> TokenFn:
@@ -58,6 +60,7 @@ def sequence_tis(cap: float = 2.0, scale: float = 1.0) -> TokenFn:
     """
     log_cap = _log_positive("cap", cap)
 
+    @said(f"min(rho of the sequence, {cap:g})")
     def weight(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return scale * jnp.exp(jnp.minimum(segment_sum(view, mismatch_log_ratio(view)), log_cap))
 
@@ -74,6 +77,7 @@ def masked_is(low: float, high: float) -> TokenFn:
         raise ValueError(f"masked_is: expected 0 <= low <= 1 <= high, got low={low}, high={high}")
     lowest, highest = math.log(low) if low > 0 else -math.inf, math.log(high)
 
+    @said(f"rho where within {low:g}..{high:g}")
     def weight(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         log_ratio = mismatch_log_ratio(view)
         return jnp.where((log_ratio >= lowest) & (log_ratio <= highest), jnp.exp(log_ratio), 0)
@@ -93,6 +97,7 @@ def entropy_weight(scale: float, sign: int) -> TokenFn:
     if sign not in (-1, 1):
         raise ValueError(f"sign: expected -1 or +1, got {sign}")
 
+    @said(f"{scale:g} exp({'-' if sign < 0 else '+'}H)")
     def weight(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return scale * jnp.exp(sign * segment_mean(view, jax.lax.stop_gradient(stored(view.entropy, "entropy"))))
 
@@ -101,7 +106,8 @@ def entropy_weight(scale: float, sign: int) -> TokenFn:
 
 def where_positive(weight: TokenFn) -> TokenFn:
     """Makes `weight` where the advantage is positive and 1 elsewhere."""
-    return lambda view, advantages: jnp.where(advantages > 0, weight(view, advantages), 1)
+    words = said(f"{words_of(weight, 'a weight')} where A > 0")
+    return words(lambda view, advantages: jnp.where(advantages > 0, weight(view, advantages), 1))
 
 
 def top_entropy(threshold: Float[Array, ""] | float) -> TokenFn:
@@ -111,9 +117,13 @@ def top_entropy(threshold: Float[Array, ""] | float) -> TokenFn:
       threshold: of the whole update, from `selection.entropy_threshold`; nats.
     Source arXiv 2506.01939: the top 20 % of tokens by entropy carry the gradient.
     """
-    return lambda view, advantages: (jax.lax.stop_gradient(stored(view.entropy, "entropy")) >= threshold).astype(
-        view.logprobs.dtype
-    )
+
+    @said("1 where H is high")
+    def weight(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
+        high = jax.lax.stop_gradient(stored(view.entropy, "entropy")) >= threshold
+        return high.astype(view.logprobs.dtype)
+
+    return weight
 
 
 def top_entropy_of_sequence(share: float) -> TokenFn:
