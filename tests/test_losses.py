@@ -84,7 +84,7 @@ def sequence_logprobs(params):
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 2.0])
-def test_upge_equals_gradient_of_common_objective_property_1(mu):
+def test_upge_equals_gradient_of_common_objective_property_01(mu):
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
         params = jnp.asarray(rng.normal(size=(4, 3)))
@@ -134,7 +134,7 @@ def test_trust_region_kl_equals_shifted_advantage_property_11():
 # The rows
 
 
-def test_sft_equals_summed_cross_entropy_property_2():
+def test_sft_equals_summed_cross_entropy_property_02():
     logits, targets, old, _, _ = toy()
     advantage = ones(np.zeros(B), np.arange(B)).astype(np.float32)[:, None] * np.ones((B, T), np.float32)
     got = row_gradient(SFT, logits, targets, old, advantage, np.ones((B, T), np.float32))
@@ -142,7 +142,7 @@ def test_sft_equals_summed_cross_entropy_property_2():
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
-def test_reinforce_is_signed_sft_property_3():
+def test_reinforce_is_signed_sft_property_03():
     logits, targets, old, _, weights = toy()
     plus = np.ones((B, T), np.float32)
     likelihood = row_gradient(SFT, logits, targets, old, plus, weights)
@@ -152,7 +152,7 @@ def test_reinforce_is_signed_sft_property_3():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_every_row_collapses_to_reinforce_on_policy_property_4(row):
+def test_every_row_collapses_to_reinforce_on_policy_property_04(row):
     logits, targets, _, advantages, weights = toy()
     sampled = np.asarray(target_logprobs(logits, targets))
     got = row_gradient(row, logits, targets, sampled, advantages, weights)
@@ -160,7 +160,7 @@ def test_every_row_collapses_to_reinforce_on_policy_property_4(row):
 
 
 @pytest.mark.parametrize("row", [PPO((0.2, 0.28)), GRPO((0.2, 0.28)), DR_GRPO((0.2, 0.28))], ids=lambda row: row.name)
-def test_clip_rows_equal_gradient_of_min_clip_surrogate_property_5(row):
+def test_clip_rows_equal_gradient_of_min_clip_surrogate_property_05(row):
     logits, targets, old, advantages, weights = toy(3)
 
     def surrogate(z):
@@ -179,13 +179,13 @@ def moved(log_ratio):
     return view_of(log_ratio, np.zeros_like(log_ratio))
 
 
-def test_ppo_clip_mask_four_quadrants_property_5():
+def test_ppo_clip_mask_four_quadrants_property_05():
     # A:     +    +    -    -   ratio 1.5 and 0.5 at 0.2: only the harmful direction is off
     mask = ppo_clip(0.2, 0.2)(moved(np.log([[1.5, 0.5, 1.5, 0.5]])), np.array([[1.0, 1.0, -1.0, -1.0]]))
     np.testing.assert_array_equal(mask, [[0, 1, 1, 0]])
 
 
-def test_ppo_clip_higher_keeps_what_symmetric_clip_drops_property_6():
+def test_ppo_clip_higher_keeps_what_symmetric_clip_drops_property_06():
     log_ratio, advantages = moved(np.log(np.array([[1.25, 1.29]]))), np.ones((1, 2))
     np.testing.assert_array_equal(ppo_clip(0.2, 0.28)(log_ratio, advantages), [[1, 0]])
     np.testing.assert_array_equal(ppo_clip(0.2, 0.2)(log_ratio, advantages), [[0, 0]])
@@ -243,7 +243,7 @@ def extended(name, **components):
     return dataclasses.replace(DR_GRPO(), name=name, formula="test", source="test", **components)
 
 
-def test_cispo_exact_keeps_every_token_and_its_table_form_does_not_property_8():
+def test_cispo_exact_keeps_every_token_and_its_table_form_does_not_property_08():
     logits, targets, old, advantages, _ = toy(5)
     weights = np.ones((B, T), np.float32)
     ratio = np.exp(np.asarray(target_logprobs(logits, targets)) - old)
@@ -254,7 +254,7 @@ def test_cispo_exact_keeps_every_token_and_its_table_form_does_not_property_8():
     assert (np.abs(row_gradient(DR_GRPO((0.2, 0.2)), logits, targets, old, advantages, weights)).max(-1) == 0).any()
 
 
-def test_luffy_shaping_weights_property_9():
+def test_luffy_shaping_weights_property_09():
     row = extended("LUFFY", denominator=luffy_denominator)
     logprobs = np.log(np.array([[0.1, 0.9, 0.01]]))
     advantages = np.full((1, 3), 2.0)
