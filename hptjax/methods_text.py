@@ -58,6 +58,9 @@ ELSEWHERE = {
 }
 """Options of the methods that are not fields of `[methods]`, and the config fields they come from."""
 
+OF_THE_BUILD = {"dapo": ("dapo_draws", "dapo_cushion_frac"), "relift": ("relift_clip_norm",)}
+"""Fields of `[methods]` that no option is made of: they act on the sampling, the rewards or an optimizer."""
+
 LEGEND = """\
 One line per part of a method; their losses add. A part's gradient on a token is
     reducer weight x mask x advantage x (p / denominator) x grad log p
@@ -106,11 +109,14 @@ def method_words(name: MethodName) -> dict[str, Any]:
         "parts": [part_words(part) for part in method.parts],
         "a_question_leaves": words_of(method.route),
         "rollouts_per_question": method.rollouts,
-        "leaves_out_overlong": method.mask_overlong,
+        "rollouts_start": words_of(method.plan) if method.plan is not None else "from the prompt",
+        "beside": _beside(method),
         "source": method.source,
         "difference": method.difference,
         "needs": {need.name.lower(): {"what": need.value, "field": REMEDY.get(need)} for need in Need if need in needs},
-        "constants": {field: value for option in read for field, value in _fields(option)},
+        "constants": {
+            field: value for option in (*read, *OF_THE_BUILD.get(name, ())) for field, value in _fields(option)
+        },
         "overlay": overlay(name),
     }
 
@@ -159,9 +165,10 @@ def method_text(name: MethodName) -> str:
         for title, key in (("  extra", "extra"), ("  source", "source"), ("  differences", "difference")):
             lines += _item(title, part[key]) if part[key] else []
     lines += _item("a question leaves", words["a_question_leaves"])
-    lines += _item("rollouts", f"{words['rollouts_per_question']} per question")
-    if words["leaves_out_overlong"]:
-        lines += _item("left out", "completions that met their limit; their group keeps its baseline")
+    count = words["rollouts_per_question"]
+    lines += _item("rollouts", f"{count} per question, {words['rollouts_start']}" if count else "none")
+    for text in words["beside"]:
+        lines += _item("beside", text)
     for title, key in (("source", "source"), ("differences", "difference")):
         lines += _item(title, words[key]) if words[key] else []
     for need in words["needs"].values():
@@ -212,6 +219,16 @@ def _fields(option: str) -> list[tuple[str, Any]]:
         "hpt.clip_high": config.hpt.clip_high,
     }
     return [(field, values[field]) for field in ELSEWHERE[option]]
+
+
+def _beside(method: Method) -> list[str]:
+    """What a method does beside its parts and its route."""
+    return [
+        *(["completions that met their limit do not learn; their group keeps its baseline"] * method.mask_overlong),
+        *(["questions that leave nothing are replaced by others"] * method.refills),
+        *(["demonstrations are judged too"] * method.rewards_demonstrations),
+        *([f"updates of {method.apart} demonstrations, with an optimizer of their own"] * (method.apart > 0)),
+    ]
 
 
 def _short_source(source: str) -> str:

@@ -77,7 +77,7 @@ def test_cli_help_of_each_command_lists_its_options(command, capsys):
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     assert f"hptjax {command}" in text
-    assert ("--inject-drop" if command == "audit" else "--runs_dir") in text
+    assert {"audit": "--inject-drop", "methods": "--toml"}.get(command, "--runs_dir") in text
 
 
 def test_cli_help_shows_the_values_of_the_file(config_file, capsys):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -74,3 +75,16 @@ def test_shipped_base_model_is_a_small_hugging_face_folder(in_root):
     text = "19-8=11,11*3=33"
     assert decode(tokenizer, encode_demonstration(tokenizer, text)) == text
     assert encode_prompt(tokenizer, "3,8,19=33:")[0] == tokenizer.bos_token_id
+
+
+def test_shipped_longer_base_model_is_another_checkpoint_of_the_same_model(in_root):
+    folders = [ROOT / "hptjax" / name for name in ("base_model", "base_model_longer")]
+    assert sum(path.stat().st_size for path in folders[1].iterdir()) < 2**20
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    (config, base), (longer_config, longer) = (load_folder(folder) for folder in folders)
+    assert config == longer_config
+    left, right = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)]) for params in (base, longer))
+    assert np.all(np.isfinite(right))
+    cosine = left @ right / (np.linalg.norm(left) * np.linalg.norm(right))
+    assert 0.5 < cosine < 0.99  # seen: the same training, further on

@@ -21,6 +21,7 @@ from jaxtyping import Int
 
 from hptjax.hpt.digest import draw
 from hptjax.hpt.schedules import Schedule
+from hptjax.losses.words import said
 from hptjax.masked import ratio
 from hptjax.records import Question
 
@@ -45,6 +46,7 @@ def prefix_rft(count: int, *, low: Schedule, high: float, seed: int) -> PrefixPl
     Source Prefix-RFT: arXiv 2507.01679; the law of l as `spec/methods.md` 4.6 reads it.
     """
 
+    @said(f"{count - 1} from the prompt, one from a prefix of its demonstration")
     def plan(question: Question, visit: int, rewards: Mapping[int, float], step: int) -> list[Prefix]:
         lowest = min(low(step), high)
         share = lowest + (high - lowest) * draw(question.question_id, visit, seed)
@@ -64,6 +66,7 @@ def uft(count: int, *, segments: int, chance: Schedule, steps: int, seed: int) -
     Source UFT: arXiv 2505.16984, code liumy2010/UFT@ad3c8ec.
     """
 
+    @said(f"all {count} from the same hint, up to {segments} parts of {segments} of its demonstration")
     def plan(question: Question, visit: int, rewards: Mapping[int, float], step: int) -> list[Prefix]:
         content = len(question.demonstration_tokens) - 1
         parts = min(segments, content)
@@ -111,6 +114,7 @@ def trapo(groups: Sequence[MicroGroup], extend: ExtendTo | None = None) -> Prefi
     """
     length = share_of if extend is None else extend
 
+    @said("; ".join(map(group_words, groups)))
     def plan(question: Question, visit: int, rewards: Mapping[int, float], step: int) -> list[Prefix]:
         prefixes: list[Prefix] = []
         for group in groups:
@@ -130,6 +134,13 @@ def trapo(groups: Sequence[MicroGroup], extend: ExtendTo | None = None) -> Prefi
         return prefixes
 
     return plan
+
+
+def group_words(group: MicroGroup) -> str:
+    """A micro-group as `hptjax methods` shows it."""
+    if group.ratio == 0.0:
+        return f"{group.count} from the prompt"
+    return f"{group.count} from {group.ratio:g} of its demonstration where less than {group.below:.3g} solved so far"
 
 
 def share_of(tokens: Int[np.ndarray, " n"], share: float) -> int:

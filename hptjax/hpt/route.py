@@ -244,6 +244,7 @@ def corrected_where(term: str, where: Literal["always", "unsolved", "unsolved_gr
     return route
 
 
+@said("its rollouts, if some are solved and some are not")
 def varied(judged: Judged) -> Routed:
     """The rollouts of questions where some are solved and some are not, of the first `judged.wanted` of these."""
     learns = [varies(judged.rollouts(question)) for question in judged.questions]
@@ -273,6 +274,7 @@ def with_buffer(size: int) -> Route:
     if size < 1:
         raise ValueError(f"expected methods.relift_buffer of at least 1, got {size}; change methods.relift_buffer")
 
+    @said(f"its rollouts; if none got a reward, its demonstration waits until {size} make an update of their own")
     def route(judged: Judged) -> Routed:
         routed = _live(judged, [Objective.RL] * len(judged.questions))
         failed = [q.question_id for q in judged.questions if all(s.reward == 0.0 for s in judged.rollouts(q))]
