@@ -17,8 +17,9 @@ from hptjax.build.method import REMEDY, options
 from hptjax.config import Config, resolved
 from hptjax.config_methods import MethodName
 from hptjax.config_text import toml_text, toml_value
-from hptjax.hpt.method import Method, Part, all_needs
-from hptjax.hpt.methods import METHODS, Options
+from hptjax.hpt.method import CONTINUED, DEMONSTRATIONS, ROLLOUTS, Method, Part, all_needs
+from hptjax.hpt.methods import METHODS
+from hptjax.hpt.options import Options
 from hptjax.losses.estimator import Estimator, Need
 from hptjax.losses.words import words_of
 
@@ -26,15 +27,15 @@ WIDTH = 140  # columns that everything fits in
 NONE = "-"
 COLUMNS = {
     "method": 15,
-    "part": 4,
+    "part": 6,
     "mask": 18,
     "denominator": 19,
-    "advantage": 18,
+    "advantage": 16,
     "reducer": 19,
     "extra": 14,
-    "needs": 14,
+    "needs": 15,
     "source": 10,
-}  # with a space between them: 139
+}  # with a space between them: 140
 
 SHORT = {
     Need.ROLLOUT_LOGPROBS: "p_rollout",
@@ -58,6 +59,8 @@ ELSEWHERE = {
 }
 """Options of the methods that are not fields of `[methods]`, and the config fields they come from."""
 
+LEARNERS = {ROLLOUTS: "rollouts", DEMONSTRATIONS: "demonstrations", CONTINUED: "forced prefixes"}
+
 OF_THE_BUILD = {"dapo": ("dapo_draws", "dapo_cushion_frac"), "relift": ("relift_clip_norm",)}
 """Fields of `[methods]` that no option is made of: they act on the sampling, the rewards or an optimizer."""
 
@@ -77,7 +80,7 @@ def part_words(part: Part) -> dict[str, Any]:
     factors += [f"({words_of(part.schedule)})"] if part.schedule is not None else []
     words: dict[str, Any] = {
         "part": part.name,
-        "learns_from": sorted(source.name.lower() for source in part.sources),
+        "learns_from": LEARNERS[part.sources],
         "reducer": part.reducer,
         "needs": [need.name.lower() for need in Need if need in row.needs],
     }
@@ -157,8 +160,7 @@ def method_text(name: MethodName) -> str:
     words = method_words(name)
     lines = [f"{name}: {words['summary']}" if words["summary"] else name, ""]
     for part in words["parts"]:
-        learners = " and ".join(f"{each}s" for each in part["learns_from"] if each != "prefix")
-        lines += _item(f"part {part['part']}", f"on {learners}, shared by {part['reducer']}")
+        lines += _item(f"part {part['part']}", f"on {part['learns_from']}, shared by {part['reducer']}")
         if "formula" in part:
             chosen = ", ".join(f"{each} {part[each]}" for each in ("mask", "denominator", "advantage"))
             lines += _item("  gradient", part["formula"]) + _item("  components", chosen)

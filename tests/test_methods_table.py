@@ -38,7 +38,7 @@ def test_table_has_a_line_for_every_part_and_fits_140_columns():
     assert [lines[place].split()[0] for place in starts] == list(METHODS)
     for name, start, stop in zip(NAMES, starts, [*starts[1:], None], strict=True):
         parts = [part.name for part in METHODS[name](options(Config())).parts]
-        column = [line[16:20].strip() for line in lines[start:stop]]
+        column = [line[16:22].strip() for line in lines[start:stop]]
         assert [part for part in column if part] == parts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hptjax.build.method import options
 from hptjax.config import Config
-from hptjax.config_methods import GATED, MethodName
+from hptjax.config_methods import CONTINUED, GATED, MethodName
 from hptjax.hpt.method import all_needs
 from hptjax.hpt.methods import METHODS
 from hptjax.losses.estimator import Need
@@ -27,11 +27,15 @@ PROVIDES: Mapping[Need, Mapping[str, Any]] = {
 }
 """Fields that supply a need on the quickstart; log-probs of trainer and sampler, and the entropy, are always there."""
 
+# the quickstart's prompts have up to 14 tokens and its demonstrations up to 22, of which one is left to write
+ROOM_FOR_PREFIXES: Mapping[str, Any] = {"rollout.prompt_buckets": [14, 35], "rollout.cache_capacity": 57}
+
 
 def overlay(name: MethodName) -> dict[str, Any]:
     """Dotted field -> value: what a config of the quickstart must say so that the method has what it needs."""
     needs = all_needs(METHODS[name](options(Config())))
-    return {field: value for need in Need if need in needs for field, value in PROVIDES.get(need, {}).items()}
+    supplied = {field: value for need in Need if need in needs for field, value in PROVIDES.get(need, {}).items()}
+    return {**supplied, **(ROOM_FOR_PREFIXES if name in CONTINUED else {})}
 
 
 def example(name: MethodName) -> dict[str, Any]:

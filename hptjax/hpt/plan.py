@@ -140,7 +140,8 @@ def group_words(group: MicroGroup) -> str:
     """A micro-group as `hptjax methods` shows it."""
     if group.ratio == 0.0:
         return f"{group.count} from the prompt"
-    return f"{group.count} from {group.ratio:g} of its demonstration where less than {group.below:.3g} solved so far"
+    given = "all" if group.ratio >= 1.0 else f"{group.ratio:g}"
+    return f"{group.count} from {given} of its demonstration where less than {group.below:.3g} solved so far"
 
 
 def share_of(tokens: Int[np.ndarray, " n"], share: float) -> int:

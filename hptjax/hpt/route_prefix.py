@@ -14,6 +14,7 @@ import numpy as np
 
 from hptjax.hpt.route import Judged, Route, Routed, by_gate
 from hptjax.losses.advantages import prefix_hierarchy
+from hptjax.losses.words import said
 from hptjax.records import Sample, SampleId, Source
 
 
@@ -25,6 +26,9 @@ def weighing_prefixes(term: str, group_size: int, *, first_only: bool) -> Route:
     """
     everything = by_gate(-1, group_size)
 
+    @said(
+        "its rollouts; a prefix learns " + ("in the first of those that share it" if first_only else "in each of them")
+    )
     def route(judged: Judged) -> Routed:
         routed = everything(judged)
         seen: set[tuple[int, bytes]] = set()
@@ -46,6 +50,7 @@ def judging_prefixes(written_term: str, prefix_term: str, group_size: int) -> Ro
     """
     everything = by_gate(-1, group_size)
 
+    @said("its rollouts; what was written is judged among those of the same prefix, a prefix against the free ones")
     def route(judged: Judged) -> Routed:
         routed = everything(judged)
         samples = routed.live

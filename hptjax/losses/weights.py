@@ -137,6 +137,7 @@ def top_entropy_of_sequence(share: float) -> TokenFn:
     if not 0 < share <= 1:
         raise ValueError(f"share: expected a fraction in (0, 1], got {share}")
 
+    @said(f"top {share:g} by H of the prefix")
     def weight(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         tokens = segment_sum(view, jnp.ones_like(view.logprobs))
         rank = segment_rank(view, stored(view.entropy, "entropy")).astype(view.logprobs.dtype)
