@@ -323,11 +323,13 @@ def test_rollout_samples_nothing_after_a_prefix_that_is_complete(monkeypatch):
     ended = dataclasses.replace(request(1), prefix_tokens=np.array([7, 1], np.int32))
     inside = dataclasses.replace(request(2), prefix_tokens=np.array([1, 7], np.int32))  # a stop id, but not at the end
     seen = []
-    samples = shared_engine()(PARAMS, [inside, full, ended], KEY, on_wave=seen.append)
+    beyond = request(3, prompt=17, prefix=5, limit=5, stop=())  # no bucket holds 22 tokens, and none is needed
+    samples = shared_engine()(PARAMS, [inside, full, ended, beyond], KEY, on_wave=seen.append)
     assert len(samples[0].completion_tokens) > 2
-    assert [len(sample.completion_tokens) for sample in samples[1:]] == [4, 2]
-    assert [sample.finish_reason for sample in samples[1:]] == [FinishReason.LENGTH, FinishReason.STOP]
-    assert [len(wave) for wave in seen] == [2, 1]
+    assert [len(sample.completion_tokens) for sample in samples[1:]] == [4, 2, 5]
+    assert [sample.finish_reason for sample in samples[1:3]] == [FinishReason.LENGTH, FinishReason.STOP]
+    assert [sample.decode_shape == "" for sample in samples] == [False, True, True, True]
+    assert [len(wave) for wave in seen] == [3, 1]
 
 
 def test_rollout_stops_at_any_id_of_its_own_set():

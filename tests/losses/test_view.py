@@ -12,8 +12,8 @@ import pytest
 from hptjax.losses import reducers, table
 from hptjax.losses.stability import band, sequence_band
 from hptjax.losses.table import DR_GRPO, SFT
-from hptjax.losses.view import block_suffix, pair_sum, segment_mean, segment_suffix, segment_sum
-from hptjax.losses.weights import entropy_weight, masked_is, sequence_tis, token_tis, top_entropy
+from hptjax.losses.view import block_suffix, pair_sum, segment_mean, segment_rank, segment_suffix, segment_sum
+from hptjax.losses.weights import entropy_weight, masked_is, sequence_tis, token_tis, top_entropy, top_entropy_of_sequence
 from tests.losses.packed import make_toy, row_gradient, same, view_of
 
 
@@ -33,7 +33,14 @@ def blocks_of_two(x):
     return np.array([x[(t // 2 + 1) * 2 :].sum() for t in range(len(x))])
 
 
+def rank(x):
+    """Place in falling order, the earlier of equals first."""
+    return np.array([sum(y > x[t] or (y == x[t] and i < t) for i, y in enumerate(x)) for t in range(len(x))])
+
+
 STATISTICS = (
+    (segment_rank, rank),
+    (lambda view, values: segment_rank(view, np.round(values)), lambda x: rank(np.round(x))),
     (segment_sum, np.sum),
     (segment_mean, np.mean),
     (segment_suffix, suffix),
@@ -120,8 +127,14 @@ def test_entropy_factors_by_their_definition():
     got, _, entropy = factor_of(toy, top_entropy(1.2))
     np.testing.assert_array_equal(got, entropy >= 1.2)
     assert 0 < got[toy.live].sum() < toy.live.sum()
+    got, _, entropy = factor_of(toy, top_entropy_of_sequence(0.3))
+    want = loop(toy, entropy, lambda h: rank(h) < len(h) - np.floor(0.7 * len(h)))
+    np.testing.assert_array_equal(got[toy.live], want[toy.live])
+    np.testing.assert_array_equal(factor_of(toy, top_entropy_of_sequence(1.0))[0][toy.live], 1)
     with pytest.raises(ValueError, match="sign"):
         entropy_weight(0.5, 0)
+    with pytest.raises(ValueError, match="share"):
+        top_entropy_of_sequence(0.0)
 
 
 def test_selections_and_weights_multiply_the_coefficient_and_carry_no_gradient():
