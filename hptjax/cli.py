@@ -149,14 +149,14 @@ def command_compare(arguments: list[str]) -> int:
     options = parse("compare", arguments, lambda config: CompareOptions(config=config))
     check(options.config)
     _refuse_processes("compare", options.config)
-    arms = tuple(arm.strip() for arm in options.arms.split(",") if arm.strip())
-    if not arms or len(set(arms)) != len(arms):
+    named = None if options.arms is None else tuple(arm.strip() for arm in options.arms.split(",") if arm.strip())
+    if named is not None and (not named or len(set(named)) != len(named)):
         raise ValueError(f"expected distinct arms separated by commas, got '{options.arms}'; change --arms.")
-    if options.seeds < 1:
+    if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"expected at least 1 seed, got {options.seeds}; change --seeds.")
     from hptjax import compare
 
-    compare.compare(options.config, arms=arms, seeds=options.seeds)
+    compare.compare(options.config, arms=named, seeds=options.seeds)
     return 0
 
 

@@ -79,8 +79,8 @@ class SampleOptions:
 class CompareOptions:
     """Several methods from the same base model under the same budget."""
 
-    arms: str = "hpt,sft,dr_grpo,sft_then_rl"  # separated by commas
-    seeds: int = 3  # seeds per arm
+    arms: str | None = None  # some of compare.arms, or methods, separated by commas; None: all of compare.arms
+    seeds: int | None = None  # seeds per arm; None: compare.seeds
     config: ConfigFields = dataclasses.field(default_factory=Config)
 
 

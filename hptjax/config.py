@@ -87,6 +87,7 @@ class TaskConfig:
     instances: int = 12_000  # distinct problems generated, before they are split
     seed: int = 0  # of the generator; the run's own seed is `seed`
     numbers: int = 3  # how many numbers a problem gives, 2 to 5
+    numbers_to: int | None = None  # problems give `numbers` to so many numbers, each as often; None: `numbers` only
     low: int = 1  # smallest number
     high: int = 20  # largest number
     target_low: int = 1  # smallest target
@@ -239,6 +240,31 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompareArm:
+    """One arm of `hptjax compare`."""
+
+    name: str
+    method: MethodName
+    gate: int | None = None  # None: hpt.gate
+    sft_share: tuple[float, ...] = ()  # SFT steps before the method's, as a share of them; the best of several is taken
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """`hptjax compare`: what is compared, and by which figure, said before anything runs."""
+
+    arms: Annotated[tuple[CompareArm, ...], struct_list(CompareArm)] = (
+        CompareArm("hpt", "hpt"),
+        CompareArm("sft", "sft"),
+        CompareArm("dr_grpo", "dr_grpo"),
+        CompareArm("sft_then_rl", "dr_grpo", sft_share=(0.5,)),
+    )  # the first one sets the budgets
+    seeds: int = 3
+    metric: str = "pass@1"  # the figure that counts; its k is one of eval.ks
+    axis: Literal["updates", "tokens", "flops"] = "flops"  # the budget that counts
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """What is kept, and for how long."""
 
@@ -314,6 +340,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
@@ -323,7 +350,7 @@ class Config:
 # A run folder may be opened again with these changed. None of them reaches a number that the run computes, but for the
 # mesh and the processes: after a move to other devices counts stay exact, summed gradients agree within rounding
 # (accumulation spec 3.6) and not to the bit, and a token sampled near a tie may differ.
-MAY_CHANGE = ("telemetry.", "runs_dir", "train.log_every", "mesh.", "distributed.")
+MAY_CHANGE = ("telemetry.", "compare.", "runs_dir", "train.log_every", "mesh.", "distributed.")
 
 
 def resolved(config: Config) -> dict[str, Any]:

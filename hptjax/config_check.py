@@ -59,6 +59,7 @@ def check(config: Config, *, sized_only: bool = False) -> None:
     _check_stages(config)
     _check_optimizer(config)
     _check_evaluation(config)
+    _check_compare(config)
 
 
 def _refuse(expected: str, got: str, change: str) -> None:
@@ -105,6 +106,8 @@ def _check_task_and_data(config: Config) -> None:
     task, data = config.task, config.data
     if not 2 <= task.numbers <= 5:
         _refuse("task.numbers in 2..5", f"{task.numbers}", "task.numbers")
+    if task.numbers_to is not None and not task.numbers <= task.numbers_to <= 5:
+        _refuse("task.numbers_to in task.numbers..5", f"{task.numbers_to}", "task.numbers_to")
     if not 0 <= task.corrupt < 1 or (task.corrupt and data.train_split != "base"):
         _refuse('task.corrupt in [0, 1), and 0 unless data.train_split is "base"', f"{task.corrupt}", "task.corrupt")
     if not task.operators or set(task.operators) - set("+-*/"):
@@ -315,3 +318,19 @@ def _check_evaluation(config: Config) -> None:
             repr(config.checkpoint.metric),
             "checkpoint.metric",
         )
+
+
+def _check_compare(config: Config) -> None:
+    metrics = [f"pass@{k}" for k in config.eval.ks]
+    if config.compare.metric not in metrics:
+        _refuse(f"compare.metric among {metrics} (eval.ks)", repr(config.compare.metric), "compare.metric or eval.ks")
+    if config.compare.seeds < 1:
+        _refuse("compare.seeds of at least 1", f"{config.compare.seeds}", "compare.seeds")
+    group_size = config.rollout.group_size
+    for arm in config.compare.arms:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._]*", arm.name):
+            _refuse("an arm's name of letters, digits, '.' and '_'", repr(arm.name), "compare.arms")
+        if arm.gate is not None and not -1 <= arm.gate <= group_size:
+            _refuse(f"a gate in -1..{group_size} for arm {arm.name}", f"{arm.gate}", "compare.arms")
+        if any(not 0 < share <= 10 for share in arm.sft_share):
+            _refuse(f"an sft_share in (0, 10] for arm {arm.name}", f"{list(arm.sft_share)}", "compare.arms")

@@ -10,6 +10,7 @@ import pytest
 
 import hptjax.build.parts as build_parts
 from hptjax import build, compare
+from hptjax.compare.spent import AXES
 from hptjax.train.jsonl import read_rows
 from tests import tiny
 from tests.test_config import changed
@@ -77,10 +78,13 @@ def test_compare_continued_runs_nothing_twice(compared):
 
 def test_compare_table_has_every_arm_on_every_axis(compared):
     table = (compared.root / "table.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]]
-    assert rows == [["-", "base"]] + [[axis, arm] for axis in ("updates", "tokens", "flops") for arm in ARMS]
-    widths = {line.count("|") for line in table.splitlines()}
-    assert len(widths) == 1
+    said, budgets, questions = table.split("\n\n", 2)
+    assert said.splitlines()[0].startswith("Said before the runs: pass@1 at equal flops, minus hpt, over 1 seeds")
+    assert [line.split(":")[0] for line in said.splitlines()[1:]] == [f"- {arm}" for arm in ARMS[1:]]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in budgets.splitlines()[2:]]
+    assert rows == [["-", "base"]] + [[axis, arm] for axis in AXES for arm in ARMS]
+    assert len({line.count("|") for line in budgets.splitlines()}) == 1
+    assert all(questions.count(f"| {arm} |") == 2 for arm in ARMS)
     assert (compared.root / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((compared.root / "compare.json").read_text()) == json.loads(json.dumps(compared.report))
 
@@ -100,7 +104,7 @@ def test_compare_respects_the_budgets_of_the_first_arm(compared):
 
 def test_compare_sft_runs_until_it_has_spent_every_budget(compared):
     spent = compared.report["spent"]
-    for axis in compare.BUDGETS:
+    for axis in AXES:
         assert spent["sft-seed0"][axis] >= 0.9 * spent["hpt-seed0"][axis]  # planned from mean lengths
     assert spent["sft-seed0"]["updates"] > spent["hpt-seed0"]["updates"]
 

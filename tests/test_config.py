@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hptjax import config_text
-from hptjax.config import Config, RewardFunction, RuleConfig, StageConfig, changed_fields, flatten, resolved
+from hptjax.config import CompareArm, Config, RewardFunction, RuleConfig, StageConfig, changed_fields, flatten, resolved
 from hptjax.config_batch import micro_batches_needed, samples_per_update
 from hptjax.config_check import check
 from hptjax.config_load import load_config, read_file
@@ -99,6 +99,9 @@ def other_value(hint: typing.Any, value: typing.Any) -> tuple[list[str], typing.
         return ['[{method = "sft", steps = 3, learning_rate = 1}]'], (StageConfig("sft", 3, 1.0),)
     if hint == tuple[RewardFunction, ...]:
         return ['[{name = "other", weight = 2.5}]'], (RewardFunction("other", 2.5),)
+    if hint == tuple[CompareArm, ...]:
+        entry = '[{name = "b", method = "hpt", gate = 1, sft_share = [0.5, 1]}]'
+        return [entry], (CompareArm("b", "hpt", 1, (0.5, 1.0)),)
     if hint == tuple[SoftRow, ...]:
         return ["[{rl = 0, off = 0.5, sft = 1}]"], (SoftRow(0.0, 0.5, 1.0),)
     if hint == tuple[MicroGroupRow, ...]:

@@ -46,6 +46,7 @@ def build_task(task: TaskConfig, *, corrupt: float = 0.0) -> Task:
     """The task with its knobs set; `corrupt` is the share of its demonstrations that miss the target."""
     return countdown(
         numbers=task.numbers,
+        numbers_to=task.numbers_to,
         low=task.low,
         high=task.high,
         target_low=task.target_low,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def build_evaluator(config: Config, policy: Policy, questions: Questions, judge:
                 result = run(params, splits[name])
                 row |= eval_metrics(result, name)
                 if is_first():
-                    write_counts(folder, name, step, result)
+                    levels = [question.example.level for question in splits[name]]
+                    write_counts(folder, name, step, result, levels)
                 if name == "validation" and is_first():
                     panel = splits[name][: config.train.panel_questions]
                     with open_jsonl(folder / "panel.jsonl") as file:
@@ -118,8 +120,12 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def write_counts(folder: Path, split: str, step: int, result: EvalResult) -> None:
-    """Solved counts per question of one evaluation, for pairing by question later."""
+def write_counts(folder: Path, split: str, step: int, result: EvalResult, levels: list[int]) -> None:
+    """Solved counts per question of one evaluation, for pairing by question later.
+
+    Args
+      levels: the difficulty of each question.
+    """
     path = counts_path(folder, split, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
@@ -128,6 +134,8 @@ def write_counts(folder: Path, split: str, step: int, result: EvalResult) -> Non
         "samples": result.samples_per_question,
         "question_ids": result.question_ids.tolist(),
         "solved": result.solved_counts.tolist(),
+        "solved_by_half": _halves(result),
+        "levels": levels,
     }
     write_json(path, record)
 
@@ -141,9 +149,29 @@ def read_counts(folder: Path, split: str, step: int) -> tuple[np.ndarray, int]:
     return np.asarray(record["solved"], np.int64), int(record["samples"])
 
 
+def read_halves(folder: Path, split: str, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Solved counts of the first and of the second half of each question's samples; an odd one out is in neither."""
+    record = json.loads(counts_path(folder, split, step).read_text(encoding="utf-8"))
+    return np.asarray(record["solved_by_half"][0], np.int64), np.asarray(record["solved_by_half"][1], np.int64)
+
+
+def read_levels(folder: Path, split: str, step: int) -> np.ndarray:
+    """The difficulty of each question of an evaluation."""
+    return np.asarray(json.loads(counts_path(folder, split, step).read_text(encoding="utf-8"))["levels"], np.int64)
+
+
 def counts_path(folder: Path, split: str, step: int) -> Path:
     """`evaluations/<split>_<step>.json` of a run folder."""
     return folder / "evaluations" / f"{split}_{step:06d}.json"
+
+
+def _halves(result: EvalResult) -> list[list[int]]:
+    half = result.samples_per_question // 2
+    counts: list[Counter[int]] = [Counter(), Counter()]
+    for sample_id, (sample, _) in result.judged.items():
+        if sample_id.index < 2 * half:
+            counts[sample_id.index // half][sample_id.question] += int(sample.solved)
+    return [[count[question] for question in result.question_ids.tolist()] for count in counts]
 
 
 def _demonstration_batches(config: Config, policy: Policy, questions: Sequence[Question]) -> list[MicroBatch]:

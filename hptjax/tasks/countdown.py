@@ -25,6 +25,7 @@ from hptjax.tasks.task import Task
 
 SYMBOLS = "0123456789" + OPERATORS + "=,:"
 STYLES = ("random", "first")
+LEVELS = 3  # of problems with as many numbers, see `difficulty`
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -43,6 +44,7 @@ class Countdown:
 def countdown(
     *,
     numbers: int = 3,
+    numbers_to: int | None = None,
     low: int = 1,
     high: int = 15,
     target_low: int = 1,
@@ -57,7 +59,8 @@ def countdown(
     """The countdown task with its knobs chosen.
 
     Args
-      numbers: how many numbers a problem gives, 2 to 5.
+      numbers, numbers_to: how many numbers a problem gives: `numbers` to `numbers_to` (the same if None), 2 to 5. Each
+        number more adds 3 to the level of a problem.
       low, high: each number lies in low..high. target_low, target_high: the target lies in target_low..target_high.
       operators, negative, max_value: see `Rules`.
       style: "random" takes one of the distinct solutions by seed; "first" the simplest one, so that demonstrations
@@ -68,21 +71,30 @@ def countdown(
       a knob out of range -> ValueError that names the field.
     """
     _check_knobs(numbers, low, high, target_low, target_high, operators, max_value, style)
+    sizes = tuple(range(numbers, (numbers_to or numbers) + 1))
+    if not sizes or sizes[-1] > 5:
+        raise ValueError(f"expected task.numbers_to in task.numbers..5 ({numbers}..5), got {numbers_to}")
     rules = Rules(operators=operators, negative=negative, max_value=max_value)
     return Task(
         name="countdown",
         symbols=SYMBOLS,
-        instances=lambda: enumerate_instances(numbers, low, high, target_low, target_high, rules),
+        instances=lambda: [
+            instance
+            for size in sizes
+            for instance in enumerate_instances(size, low, high, target_low, target_high, rules)
+        ],
         generate=partial(
             generate,
-            numbers=numbers,
+            numbers=sizes,
             low=low,
             high=high,
             target_low=target_low,
             target_high=target_high,
             rules=rules,
         ),
-        write=partial(write_examples, style=style, shuffle=shuffle, corrupt=corrupt, rules=rules),
+        write=partial(
+            write_examples, style=style, shuffle=shuffle, corrupt=corrupt, rules=rules, fewest_numbers=numbers
+        ),
         verify=verify,
         well_formed=well_formed,
     )
@@ -105,7 +117,7 @@ def generate(
     seed: int,
     count: int,
     *,
-    numbers: int,
+    numbers: int | Sequence[int],
     low: int,
     high: int,
     target_low: int,
@@ -114,15 +126,20 @@ def generate(
 ) -> list[Countdown]:
     """`count` distinct solvable instances: numbers drawn evenly, then a target evenly among those in reach.
 
+    Args
+      numbers: how many an instance has; where there are several, one of them is drawn evenly.
+
     Raises
       a space too small to hold `count` instances (as far as 2000 draws in a row can tell) -> ValueError.
     """
     rng = np.random.default_rng(seed)
+    sizes = (numbers,) if isinstance(numbers, int) else tuple(numbers)
     memo: dict[tuple[int, ...], np.ndarray] = {}
     found: dict[Countdown, None] = {}
     misses = 0
     while len(found) < count:
-        multiset = tuple(sorted(rng.integers(low, high + 1, size=numbers).tolist()))
+        size = sizes[0] if len(sizes) == 1 else int(rng.choice(sizes))
+        multiset = tuple(sorted(rng.integers(low, high + 1, size=size).tolist()))
         values = reachable(multiset, rules, memo)
         values = values[(values >= target_low) & (values <= target_high)]
         instance = Countdown(multiset, int(rng.choice(values))) if values.size else None
@@ -146,6 +163,7 @@ def write_examples(
     shuffle: bool = True,
     corrupt: float = 0.0,
     rules: Rules = DEFAULT_RULES,
+    fewest_numbers: int | None = None,
 ) -> list[Example]:
     """The instances as text. An example depends on its instance and the seed, not on its place or its neighbours.
 
@@ -154,17 +172,34 @@ def write_examples(
       corrupt: probability, 0 to 1, that the demonstration is a chain whose arithmetic is right and whose result is
         not the target. For the corpus of a base model that is to know the form better than the search; such
         demonstrations do not verify.
+      fewest_numbers: of the task's instances; None: all have as many.
     """
     if style not in STYLES:
         raise ValueError(f"expected task.style to be one of {STYLES}, got {style!r}")
     return [
-        _write_example(index, instance, _rng_of(instance, seed), style, shuffle, corrupt, rules)
+        _write_example(
+            index,
+            instance,
+            _rng_of(instance, seed),
+            style,
+            shuffle,
+            corrupt,
+            rules,
+            len(instance.numbers) - (fewest_numbers or len(instance.numbers)),
+        )
         for index, instance in enumerate(instances)
     ]
 
 
 def _write_example(
-    index: int, instance: Countdown, rng: np.random.Generator, style: str, shuffle: bool, corrupt: float, rules: Rules
+    index: int,
+    instance: Countdown,
+    rng: np.random.Generator,
+    style: str,
+    shuffle: bool,
+    corrupt: float,
+    rules: Rules,
+    more_numbers: int,
 ) -> Example:
     solutions = solve(instance.numbers, instance.target, rules)
     if not solutions:
@@ -184,7 +219,7 @@ def _write_example(
             "negative": rules.negative,
         },
         canonical=instance.canonical,
-        level=difficulty(len(solutions)),
+        level=difficulty(len(solutions)) + LEVELS * more_numbers,
     )
 
 
