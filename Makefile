@@ -2,6 +2,7 @@
 # make test         makes .venv if absent, runs the tests, two files at a time
 # make test-full    the slow tests too
 # make kill-matrix  every broken version against every layer of proof; writes the table into docs/proofs.md
+# make compare      ten methods, five seeds, equal budgets; in the background, and on where it was stopped
 # make base-model   trains the base model that the repository ships
 # make base-model-longer   the same training carried on: the teacher and author in the examples of `hptjax methods`
 # make lint         ruff and mypy
@@ -23,7 +24,7 @@ ifeq ($(filter $(ACCEL),cpu cuda13 tpu),)
 $(error expected ACCEL to be cpu, cuda13 or tpu, got '$(ACCEL)')
 endif
 
-.PHONY: plan-1.5b plan-all quickstart test test-full kill-matrix base-model base-model-longer lint venv
+.PHONY: compare plan-1.5b plan-all quickstart test test-full kill-matrix base-model base-model-longer lint venv
 
 quickstart: $(STAMP)
 	$(BIN)/hptjax train configs/quickstart.toml
@@ -36,6 +37,11 @@ test-full: $(STAMP)
 
 kill-matrix: $(STAMP)
 	$(BIN)/python -m tests.proofs.kill_matrix
+
+compare: $(STAMP)
+	@mkdir -p runs
+	@setsid nohup $(BIN)/hptjax compare configs/compare_countdown.toml >>runs/compare.log 2>&1 </dev/null &
+	@echo "running in the background; tail -f runs/compare.log, and make compare again after a stop"
 
 base-model: $(STAMP)
 	$(BIN)/hptjax train configs/base_model.toml

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hptjax import build
+from hptjax.build.method import build_recipe
 from hptjax.compare.arms import Budget, arm_config, budget_of, chosen_arms
 from hptjax.compare.plots import plot
 from hptjax.compare.report import read_off
@@ -34,6 +35,9 @@ def compare(config: Config, *, arms: Sequence[str] | None = None, seeds: int | N
     """
     chosen, seeds = chosen_arms(config, arms), config.compare.seeds if seeds is None else seeds
     root = Path(config.runs_dir) / f"{config.name}-compare"
+    for arm in chosen:  # the last arm's mistake is found before the first arm runs
+        made = arm_config(config, arm, seed=config.seed, root=root, name=arm.name, budget=None)
+        build_recipe(made, arm.method, made.data.questions_per_step)
     folders: dict[tuple[str, int], Path] = {}
     shares: dict[str, float] = {}
     for seed in range(config.seed, config.seed + seeds):
