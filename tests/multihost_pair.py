@@ -64,10 +64,10 @@ def at_step(step: int, act: Callable[[], None], process: int = FAULTY) -> Iterat
     """Acts in one process before it judges the rollouts of a step, counted from 0."""
     judge = loop.judge_rollouts
 
-    def judge_rollouts(open_step, judged):
+    def judge_rollouts(open_step, *rest):
         if jax.process_index() == process and open_step.step == step:
             act()
-        judge(open_step, judged)
+        judge(open_step, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "judge_rollouts", judge_rollouts)
