@@ -104,20 +104,24 @@ def gate_step(
     step: OpenStep,
     *,
     route: Route,
-    demonstrations: Mapping[int, Sample],
-    waiting: Sequence[Waiting],
-    bank: Mapping[int, Question],
-    wanted: int,
+    demonstrations: Mapping[int, Sample] | None = None,
+    waiting: Sequence[Waiting] = (),
+    bank: Mapping[int, Question] | None = None,
+    wanted: int = 0,
 ) -> Gated:
-    """Counts what was solved and lets the method's route decide what each question learns from."""
+    """Counts what was solved and lets the method's route decide what each question learns from.
+
+    Args
+      demonstrations, waiting, bank, wanted: of `route.Judged`, for the routes that read them.
+    """
     rollouts = group_rollouts(list(step.samples.values()))
     solved = solved_counts([question.question_id for question in step.questions], rollouts)
-    judged = Judged(step.questions, rollouts, solved, step.round, demonstrations, waiting, bank, wanted)
+    judged = Judged(step.questions, rollouts, solved, step.round, demonstrations or {}, waiting, bank or {}, wanted)
     return Gated(solved, route(judged))
 
 
 def assemble_updates(
-    gated: Gated, *, updates: int, stage_step: int, mask_overlong: bool, assemble: Assemble
+    gated: Gated, *, updates: int, stage_step: int = 0, mask_overlong: bool, assemble: Assemble
 ) -> list[Update]:
     """The packed updates of a step: whole questions, in stream order, each update with its own normalisers.
 

@@ -18,6 +18,7 @@ from hptjax.data.stream import QuestionStream
 from hptjax.hpt.assemble import assemble
 from hptjax.hpt.digest import digest, sample_hashes
 from hptjax.hpt.gate import DEMONSTRATION_INDEX
+from hptjax.hpt.route import by_gate
 from hptjax.hpt.terms import Term
 from hptjax.losses.advantages import centred, ones
 from hptjax.losses.reducers import token_mean
@@ -78,7 +79,7 @@ TERMS = (
 )
 
 
-def pack(samples, dead):
+def pack(samples, dead, *_):
     return assemble(samples, TERMS, rows=2, row_tokens=48, max_segments=4, max_micro_batches=16, dead=dead)
 
 
@@ -99,7 +100,7 @@ def updates_of_a_step(batch, step, updates):
     rolled = [sample for question in batch.questions for sample in rollouts_of(question, batch.round)]
     open_step = OpenStep(step=step, round=batch.round, questions=list(batch.questions))
     open_step.samples = {sample.sample_id: sample for sample in rolled}
-    gated = gate_step(open_step, threshold=0, group_size=GROUP)
+    gated = gate_step(open_step, route=by_gate(0, GROUP))
     return assemble_updates(gated, updates=updates, mask_overlong=False, assemble=pack)
 
 
