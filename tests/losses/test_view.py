@@ -13,7 +13,14 @@ from hptjax.losses import reducers, table
 from hptjax.losses.stability import band, sequence_band
 from hptjax.losses.table import DR_GRPO, SFT
 from hptjax.losses.view import block_suffix, pair_sum, segment_mean, segment_rank, segment_suffix, segment_sum
-from hptjax.losses.weights import entropy_weight, masked_is, sequence_tis, token_tis, top_entropy, top_entropy_of_sequence
+from hptjax.losses.weights import (
+    entropy_weight,
+    masked_is,
+    sequence_tis,
+    token_tis,
+    top_entropy,
+    top_entropy_of_sequence,
+)
 from tests.losses.packed import make_toy, row_gradient, same, view_of
 
 

@@ -17,6 +17,7 @@ import optax
 
 from hptjax.audit.certificate import CertificateError, certify
 from hptjax.hpt import terms
+from hptjax.hpt.route import Routed
 from hptjax.losses import reducers
 from hptjax.masked import ratio
 from hptjax.records import Objective
@@ -161,12 +162,12 @@ def resumed_windows() -> None:
 def last_window() -> None:
     """T19: seven questions in updates of three, three and one: the short one is trained on, too."""
     samples = pipeline.CASES[1]
-    gated = phases.Gated(np.zeros(len(samples), np.int64), [Objective.SFT] * len(samples), list(samples))
+    gated = phases.Gated(np.zeros(len(samples), np.int64), Routed([Objective.SFT] * len(samples), list(samples)))
     updates = phases.assemble_updates(
         gated,
         updates=3,
         mask_overlong=False,
-        assemble=lambda part, dead: pipeline.plan(part, reducers.token_mean),
+        assemble=lambda part, *_: pipeline.plan(part, reducers.token_mean),
     )
     trained = sum(len(update.samples) for update in updates)
     expect(trained == len(samples), f"expected {len(samples)} samples in the updates, got {trained}")
