@@ -3,45 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from hptjax.config_text import struct_list
-
-MethodName = Literal[
-    "reinforce",
-    "rloo",
-    "reinforce_pp",
-    "ppo",
-    "grpo",
-    "dr_grpo",
-    "dapo",
-    "cispo",
-    "cispo_table",
-    "gspo",
-    "gmpo",
-    "sapo",
-    "dpo",
-    "sft",
-    "dft",
-    "trsft",
-    "chord_phi",
-    "pear_token",
-    "pear_block",
-    "pear_sequence",
-    "implicit_reward",
-    "hpt",
-    "hpt_off_band",
-    "hpt_soft",
-    "random_gate",
-    "luffy",
-    "srft",
-    "chord_mu",
-    "relift",
-    "kdrl",
-    "trapo",
-    "uft",
-    "prefix_rft",
-]  # the names of hpt/methods.py; `hptjax methods` prints what each of them is
 
 RolloutRow = Literal[
     "reinforce",
@@ -56,11 +20,31 @@ RolloutRow = Literal[
     "gspo",
     "gmpo",
     "sapo",
-]
+]  # rows of losses/table.py for what the policy wrote; each is a method, and may be HPT's row for rollouts
 
-FROM_DEMONSTRATIONS = frozenset(
-    {"sft", "dft", "trsft", "chord_phi", "pear_token", "pear_block", "pear_sequence", "implicit_reward"}
-)  # nothing is sampled
+DemonstrationRow = Literal[
+    "sft", "dft", "trsft", "chord_phi", "pear_token", "pear_block", "pear_sequence", "implicit_reward"
+]  # rows for what somebody else wrote; each is a method that samples nothing
+
+Hybrid = Literal[
+    "hpt",
+    "hpt_off_band",
+    "hpt_soft",
+    "random_gate",
+    "luffy",
+    "srft",
+    "chord_mu",
+    "relift",
+    "kdrl",
+    "trapo",
+    "uft",
+    "prefix_rft",
+]  # methods of several parts
+
+MethodName = Literal[RolloutRow, "dpo", DemonstrationRow, Hybrid]
+"""The names of hpt/methods.py; `hptjax methods` prints what each of them is."""
+
+FROM_DEMONSTRATIONS = frozenset(get_args(DemonstrationRow))  # nothing is sampled
 GATED = frozenset({"hpt", "hpt_off_band", "random_gate"})  # a demonstration or a group per question
 BESIDE_A_GROUP = frozenset({"hpt_soft", "srft", "chord_mu"})  # the demonstration joins a whole group
 IN_A_GROUP = frozenset({"luffy"})  # the demonstration takes the place of a rollout
