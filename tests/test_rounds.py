@@ -92,6 +92,11 @@ def test_rounds_follow_the_verdicts(uninterrupted):
                 written = len(sample.completion_tokens) - sample.prefix_len
                 assert (sample.decode_shape == "") == (written == 0) == (sample.prefix_len == len(demonstration))
     assert len(depths) >= 2
+    metrics = [row for row in rows(config, "metrics.jsonl") if "witness/ok" in row]
+    for row, (_, samples) in zip(metrics, steps, strict=True):
+        free = [sample.reward for sample in samples.values() if not sample.prefix_len]
+        assert row["critic/free_score/mean"] == pytest.approx(sum(free) / len(free))
+        assert row["batch/continued"] == len(samples) - len(free)
     ledger = rows(config, "ledger.jsonl")
     assert all(row["tokens_by_term"]["prefix"] > 0 < row["tokens_by_term"]["rl"] for row in ledger)
 

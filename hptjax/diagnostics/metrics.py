@@ -45,6 +45,9 @@ SUM_RATIO, SUM, MAX, MIN, LAST, HISTOGRAM = Reduction
 METRICS: tuple[Metric, ...] = (
     # rewards and groups
     Metric("critic/score/mean", SUM_RATIO, "reward", "reward of a rollout, mean over the step's rollouts"),
+    Metric(
+        "critic/free_score/mean", SUM_RATIO, "reward", "reward of rollouts that continue no prefix, where some do"
+    ),
     Metric("critic/score/max", MAX, "reward", "largest reward of a rollout"),
     Metric("critic/score/min", MIN, "reward", "smallest reward of a rollout"),
     Metric("critic/advantages/mean", SUM_RATIO, "reward", "advantage of a live rollout token, mean over tokens"),
@@ -61,6 +64,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("batch/failed", SUM, "questions", "questions that the gate sends to SFT"),
     Metric("batch/live_rows", SUM, "samples", "samples that the updates learn from"),
     Metric("batch/rollouts", SUM, "samples", "samples that were rolled out"),
+    Metric("batch/continued", SUM, "samples", "rollouts that continue a demonstration's prefix, or are all of it"),
     Metric("batch/micro_batches", SUM, "micro-batches", "forward and backward passes"),
     Metric("batch/fill", SUM_RATIO, "share of positions", "packed positions over all positions of the micro-batches"),
     Metric("response_length/mean", SUM_RATIO, "tokens", "completion length of a rollout, mean"),

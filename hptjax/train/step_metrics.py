@@ -50,6 +50,9 @@ def rollout_metrics(
         return row
     rewards = np.asarray([sample.reward for sample in rollouts], np.float64)
     lengths = np.asarray([len(sample.completion_tokens) for sample in rollouts], np.float64)
+    free = [sample.reward or 0.0 for sample in rollouts if sample.prefix_len == 0]
+    if len(free) < len(rollouts):
+        row |= {"critic/free_score/mean": (sum(free), len(free)), "batch/continued": len(rollouts) - len(free)}
     groups = group_rollouts(rollouts).values()
     reasons = [verdict.reason for verdicts in step.verdicts.values() for verdict in verdicts]
     for place, name in enumerate(reward_names):
