@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hptjax.config import Config, ShapeConfig
 from hptjax.config_batch import (
@@ -17,12 +17,20 @@ from hptjax.config_batch import (
     stage_list,
     steps_of,
 )
-from hptjax.config_methods import GATED, learns_from_demonstrations, learns_from_rollouts
+from hptjax.config_methods import (
+    GATED,
+    IN_A_GROUP,
+    learns_from_demonstrations,
+    learns_from_rollouts,
+    samples_per_bundle,
+)
 from hptjax.masked import inverse_count
 from hptjax.models.presets import PRESETS
 
+if TYPE_CHECKING:
+    from hptjax.build.token_weights import TokenWeight
+
 FP32_BYTES, BF16_BYTES = 4, 2
-ROWS_PER_UNIT_C = 64  # C of `official_fixed` = rollout rows per update / 64 (the published script's rows per rank)
 SHOWN_SHARES = (0.1, 0.5, 1.0)
 TOKEN_MEANS = ("separate", "joint")  # presets whose rollout weight depends on the tokens of the update
 
@@ -62,9 +70,10 @@ def update_lines(config: Config) -> list[str]:
     updates = config.train.updates_per_rollout_batch
     lines = []
     if learns_from_rollouts(config.method):
-        waves = -(-questions * rollout.group_size // rollout.slots)
+        group = _group_size(config)
+        waves = -(-questions * group // rollout.slots)
         lines.append(
-            f"rollouts     {questions} questions x {rollout.group_size} = {questions * rollout.group_size} per step, "
+            f"rollouts     {questions} questions x {group} = {questions * group} per step, "
             f"in {waves} wave(s) of {rollout.slots} slots"
         )
     if config.method in GATED:
@@ -75,7 +84,7 @@ def update_lines(config: Config) -> list[str]:
     prompt, completion = config.data.max_prompt_tokens, rollout.max_completion_tokens
     positions = batch.rows * batch.row_tokens
     per_row = min(batch.max_segments, batch.row_tokens // longest)
-    needed = micro_batches_needed(config, samples=samples)
+    needed = micro_batches_needed(config, samples=samples, bundle=samples_per_bundle(config.method))
     later = "; the later ones are off-policy" if updates > 1 else ""
     return [
         *lines,
@@ -89,77 +98,84 @@ def update_lines(config: Config) -> list[str]:
 
 
 def weight_lines(config: Config) -> list[str]:
-    """The weight of one rollout token and of one demonstration token, and how many of the one outweigh the other."""
+    """The weight of one token of each part; for gated methods, how many rollout tokens outweigh one demonstrated."""
     questions = config.data.questions_per_step // config.train.updates_per_rollout_batch
+    first = f"preset {config.hpt.preset}, {questions} questions per update"
+    return [first, *(_gated_lines if config.method in GATED else _part_lines)(config, questions)]
+
+
+def _gated_lines(config: Config, questions: int) -> list[str]:
+    from hptjax.build.token_weights import split_weights
+
     demo_tokens = config.rollout.max_completion_tokens
-    lines = [f"preset {config.hpt.preset}, {questions} questions per update"]
     counts_tokens = config.hpt.preset in TOKEN_MEANS
+    none = split_weights(config, questions=questions, demonstrations=0, demo_tokens=demo_tokens)
+    where = f", where every question has {config.rollout.group_size} rollouts of {demo_tokens} tokens"
+    lines = [f"one rollout token: {_range(none['rl'])} (times its advantage){where if counts_tokens else ''}"]
+    others = {name: each for name, each in none.items() if name not in ("rl", "sft")}
+    for share in SHOWN_SHARES:
+        demonstrations = max(1, round(share * questions))
+        found = split_weights(config, questions=questions, demonstrations=demonstrations, demo_tokens=demo_tokens)
+        line = f"one demonstration token: {_range(found['sft'])} with {demonstrations} demonstrations of "
+        line += f"{demo_tokens} tokens"
+        rl = found["rl"] if counts_tokens else none["rl"]
+        if rl.high:  # else there is no rollout to compare with
+            line += f" = {_range(found['sft'], inverse_count(rl.high), '.3g')} rollout tokens of advantage 1"
+        lines.append(line)
+        others = {name: each if each.high else found[name] for name, each in others.items()}
+    return [*lines, *map(_part_line, others.values())]
+
+
+def _part_lines(config: Config, questions: int) -> list[str]:
+    from hptjax.build.token_weights import routed_weights
+
+    tokens, group = config.rollout.max_completion_tokens, _group_size(config)
+    lines = []
     if learns_from_rollouts(config.method):
-        rl = rl_token_weight(config, questions=questions, demonstrations=0, demo_tokens=0)
-        where = f", where every question has {config.rollout.group_size} rollouts of {demo_tokens} tokens"
-        lines.append(f"one rollout token: {rl:.3e} (times its advantage){where if counts_tokens else ''}")
-    if learns_from_demonstrations(config.method):
-        for share in SHOWN_SHARES if config.method in GATED else (1.0,):
-            demonstrations = max(1, round(share * questions))
-            counts = {"questions": questions, "demonstrations": demonstrations, "demo_tokens": demo_tokens}
-            sft = sft_token_weight(config, **counts)
-            line = f"one demonstration token: {sft:.3e} with {demonstrations} demonstrations of {demo_tokens} tokens"
-            rl = rl_token_weight(config, **counts) if learns_from_rollouts(config.method) else 0.0
-            if rl and not (counts_tokens and demonstrations == questions):  # then there is no rollout to compare with
-                line += f" = {sft * inverse_count(rl):.3g} rollout tokens of advantage 1"
-            lines.append(line)
-    return lines
+        beside = f", and a demonstration of {tokens}" if learns_from_demonstrations(config.method) else ""
+        lines.append(
+            f"where every question has {group} rollouts of {tokens} tokens, {-(-group // 2)} solved{beside}; first step"
+        )
+        return [*lines, *map(_part_line, routed_weights(config, questions=questions))]
+    (sft, *others) = routed_weights(config, questions=questions)
+    counted = f"one demonstration token: {_range(sft)} with {questions} demonstrations of {tokens} tokens"
+    return [counted, *map(_part_line, others)]
+
+
+def _part_line(weight: TokenWeight) -> str:
+    token = f"one {weight.of} token" if weight.of else "one token"
+    named = {"rl": "rollout", "sft": "demonstration", "prefix": "prefix"}.get(weight.part) == weight.of
+    advantage = " (times its advantage)" if weight.has_advantage else ""
+    return f"{token}{'' if named else f' of {weight.part}'}: {_range(weight)}{advantage}"
+
+
+def _range(weight: TokenWeight, factor: float = 1.0, form: str = ".3e") -> str:
+    low, high = f"{weight.low * factor:{form}}", f"{weight.high * factor:{form}}"
+    return low if low == high else f"{low} to {high}"
 
 
 def rl_token_weight(config: Config, *, questions: int, demonstrations: int = 0, demo_tokens: int = 0) -> float:
-    """Weight of one live rollout token; the formulas are those of `hptjax.losses.reducers`, without its data.
-
-    official_fixed: c / (L C), L = rollout.max_completion_tokens, C = questions G / 64
-    official:       c / (L ranks)
-    paper:          c / (G questions)
-    separate:       c / (all rollout tokens of the update), every rollout taken to have L tokens
-    joint:          c / (all rollout and demonstration tokens of the update)
+    """Weight of one live rollout token, by the recipe's own reducer; every rollout has the most tokens it may.
 
     Args
-      demonstrations, demo_tokens: questions gated to their demonstration, and the tokens of each; only "separate" and
-        "joint" depend on them.
+      demonstrations, demo_tokens: questions gated to their demonstration, and the tokens of each.
     """
-    hpt, group_size = config.hpt, config.rollout.group_size
-    limit = config.rollout.max_completion_tokens
-    if hpt.preset == "official_fixed":
-        return hpt.rl_coefficient * ROWS_PER_UNIT_C * inverse_count(limit * questions * group_size)
-    if hpt.preset == "official":
-        return hpt.rl_coefficient * inverse_count(limit * hpt.ranks)
-    if hpt.preset in TOKEN_MEANS:
-        beside = demonstrations * demo_tokens if hpt.preset == "joint" else 0
-        return hpt.rl_coefficient * inverse_count(_rollout_tokens(config, questions - demonstrations) + beside)
-    return hpt.rl_coefficient * inverse_count(group_size * questions)
+    from hptjax.build.token_weights import split_weights
+
+    counts = {"questions": questions, "demonstrations": demonstrations, "demo_tokens": demo_tokens}
+    return split_weights(config, **counts)["rl"].high
 
 
 def sft_token_weight(config: Config, *, questions: int, demonstrations: int, demo_tokens: int) -> float:
-    """Weight of one demonstration token where every demonstration has `demo_tokens` tokens.
+    """Weight of one demonstration token, by the recipe's own reducer; the largest, where they differ."""
+    from hptjax.build.token_weights import split_weights
 
-    official_fixed: c / (all demonstration tokens of the update)
-    official:       c / (demonstration tokens of its logical micro-batch x ranks); the demonstrations are taken to be
-                    spread over the ranks, one logical micro-batch each
-    paper:          c / (tokens of its demonstration x questions)
-    separate:       c / (all demonstration tokens of the update)
-    joint:          c / (all rollout and demonstration tokens of the update), every rollout taken to have L tokens
-    """
-    hpt = config.hpt
-    if hpt.preset in ("official_fixed", "separate"):
-        return hpt.sft_coefficient * inverse_count(demonstrations * demo_tokens)
-    if hpt.preset == "joint":
-        beside = _rollout_tokens(config, questions - demonstrations) if learns_from_rollouts(config.method) else 0
-        return hpt.sft_coefficient * inverse_count(demonstrations * demo_tokens + beside)
-    if hpt.preset == "official":
-        per_rank = -(-demonstrations // hpt.ranks)
-        return hpt.sft_coefficient * inverse_count(per_rank * demo_tokens * hpt.ranks)
-    return hpt.sft_coefficient * inverse_count(demo_tokens * questions)
+    counts = {"questions": questions, "demonstrations": demonstrations, "demo_tokens": demo_tokens}
+    return split_weights(config, **counts)["sft"].high
 
 
-def _rollout_tokens(config: Config, questions: int) -> int:
-    return questions * config.rollout.group_size * config.rollout.max_completion_tokens
+def _group_size(config: Config) -> int:
+    return config.rollout.group_size - int(config.method in IN_A_GROUP)
 
 
 def memory_lines(config: Config, shape: ShapeConfig, vocab_size: int) -> list[str]:

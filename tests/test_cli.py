@@ -221,6 +221,56 @@ def test_explain_token_weights_by_hand(preset, rl, sft):
     assert sft_token_weight(config, **counts) == pytest.approx(sft, rel=1e-12)
 
 
+# 64 questions of 8 rollouts (7 for luffy) and a demonstration, all of 24 tokens; 512 rollouts of 12,288 tokens
+WEIGHTS_BY_HAND = {
+    "reinforce": {"one rollout token": 1 / 512},
+    "dr_grpo": {"one rollout token": 1 / (512 * 24)},
+    "grpo": {"one rollout token": 1 / (24 * 512), "one rollout token of kl": 0.04 / (24 * 512)},
+    "dapo": {"one rollout token": 1 / 12_288},
+    "dpo": {"one rollout token": 2 / 512},  # 256 pairs, and all 512 rollouts are in one
+    "dft": {"one demonstration token": 1 / (64 * 24)},
+    "luffy": {"one rollout token": 1 / (24 * 8), "one demonstration token of off": 1 / (24 * 8)},
+    "srft": {
+        "one demonstration token": 1 / (64 * 24),
+        "one demonstration token of off": 1 / (24 * 8),
+        "one rollout token": 1 / (24 * 8),
+    },
+    "hpt_soft": {  # half of each group is solved
+        "one rollout token": 0.5 / (24 * 8),
+        "one demonstration token": 0.5 / (64 * 24),
+        "one demonstration token of off": 0.0,
+    },
+    "chord_mu": {"one rollout token": 0.1 / (24 * 512), "one demonstration token": 0.9 / (64 * 24)},
+    "relift": {"one rollout token": 1 / (24 * 8), "one demonstration token": 1 / (128 * 24)},
+    "kdrl": {"one rollout token": 1 / (24 * 512), "one rollout token of kd": 5e-3 / (24 * 512)},
+    # the last two of the eight are given a prefix, half of 24 tokens and all; given and written tokens weigh the same
+    "trapo": {"one rollout token": 1 / (24 * 8), "one prefix token": 1 / (24 * 8)},
+}
+
+
+@pytest.mark.parametrize("method", WEIGHTS_BY_HAND)
+def test_explain_weighs_the_parts_of_every_method_by_hand(method):
+    config = changed(Config(), method=method, model__teacher="teacher")
+    shown = [line.split(": ") for line in explain_module.weight_lines(config) if line.startswith("one ")]
+    assert {name: float(value.split()[0]) for name, value in shown} == {
+        name: pytest.approx(value, rel=6e-4) for name, value in WEIGHTS_BY_HAND[method].items()
+    }
+
+
+def test_explain_of_official_shows_the_range_where_demonstrations_do_not_divide_by_ranks():
+    """6 and 32 of 64 demonstrations on 8 ranks: one or none, then four on each; of 24 tokens."""
+    lines = explain_module.weight_lines(changed(Config(), hpt__preset="official"))
+    weights = [line.split(": ")[1].split(" with")[0] for line in lines if line.startswith("one demonstration")]
+    assert weights == [f"{1 / (24 * 8):.3e}", f"{1 / (4 * 24 * 8):.3e}", f"{1 / (8 * 24 * 8):.3e}"]
+    more = explain_module.weight_lines(changed(Config(), hpt__preset="official", data__questions_per_step=128))
+    assert f"one demonstration token: {1 / (2 * 24 * 8):.3e} to {1 / (24 * 8):.3e} with 13 demonstrations" in more[2]
+
+
+def test_explain_of_a_method_without_its_needs_lists_them():
+    with pytest.raises(ValueError, match=r"'kdrl' needs what this config does not provide.*model\.teacher"):
+        explain_module.weight_lines(changed(Config(), method="kdrl"))
+
+
 @pytest.mark.parametrize("method", ["hpt", "sft", "grpo"])
 def test_explain_of_token_means_compares_only_where_both_kinds_are(method):
     """6, then 32 of 64 questions gated; all completions have 24 tokens. Apart: 58 x 8 / 6 and 32 x 8 / 32 to 1."""
