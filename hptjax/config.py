@@ -160,7 +160,9 @@ class HptConfig:
     # "joint": each is divided by the live tokens of rollouts and demonstrations together. Methods other than HPT take
     # the reducers of their own rows under "official_fixed"
     preset: Literal["official_fixed", "official", "paper", "separate", "joint"] = "official_fixed"
-    rl_estimator: RolloutRow = "dr_grpo"  # hpt*, random_gate: the row of losses/table.py for rollouts
+    rl_estimator: RolloutRow = (
+        "dr_grpo"  # hpt*, random_gate: the row of losses/table.py for rollouts; "ppo" has no critic
+    )
     clip_low: float | None = None  # ratio below 1 - clip_low is masked where the advantage is negative; None: the row's
     clip_high: float | None = (
         None  # ratio above 1 + clip_high is masked where the advantage is positive; None: the row's
@@ -172,10 +174,14 @@ class HptConfig:
     )
     correction_cap: float = 2.0  # of "token_tis" and "sequence_tis"; the upper end of "masked_is"
     correction_floor: float = 0.5  # the lower end of "masked_is"
+    correction_normalised: bool = False  # "token_tis", "sequence_tis": weights scaled to mean 1 over each update
     sft_coefficient: float = 1.0
     rl_coefficient: float = 1.0
     entropy_coefficient: float = 0.0  # 0.001 in the published recipes
     entropy_on_demonstrations: bool = True  # whether the entropy term covers demonstrations too, as published
+    entropy_target: float | None = None  # nats per rollout token that the bonus, then on rollouts alone, steers to
+    entropy_delta: float = 0.001  # step of the steered coefficient, which starts at entropy_coefficient; unverified
+    top_entropy: float | None = None  # share of rollout tokens, those of highest entropy, that learn by RL; None: all
     kl_coefficient: float | None = None  # to model.reference; None: as the method is published, 0 but for grpo
     kl_estimator: Literal["k1", "k2", "k3", "k3_plus"] = "k3"  # of the loss
     kl_in: Literal["loss", "reward"] = "loss"  # "reward": each token's advantage loses kl_coefficient x k1
@@ -199,6 +205,7 @@ class OptimizerConfig:
     """AdamW with clipping; schedules count optimizer steps."""
 
     learning_rate: float = 2e-4
+    critic_learning_rate: float | None = None  # of ppo's critic, by the same schedule; None: learning_rate
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     end_fraction: float = 0.0  # of the learning rate, where a linear or cosine schedule ends

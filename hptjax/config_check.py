@@ -25,8 +25,8 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = (
     "seed task.seed task.low task.target_low task.max_value data.split_seed "
     "rollout.top_k optimizer.end_fraction hpt.sft_coefficient hpt.rl_coefficient hpt.entropy_coefficient "
-    "hpt.kl_coefficient hpt.correction_floor methods.dapo_cushion_frac methods.chord_rise_steps "
-    "methods.chord_fall_steps "
+    "hpt.kl_coefficient hpt.correction_floor methods.ppo_lambda methods.ppo_value_clip methods.dapo_cushion_frac "
+    "methods.chord_rise_steps methods.chord_fall_steps "
     "methods.uft_steps methods.uft_coefficient methods.prefix_steps "
     "optimizer.warmup_steps optimizer.weight_decay train.checksum_every train.eval_every "
     "train.probe_every train.rollouts_every train.panel_questions eval.train_questions checkpoint.keep_best"
@@ -34,8 +34,9 @@ AT_LEAST_ZERO = (
 ABOVE_ZERO = (
     "rollout.temperature rollout.top_p reward.deadline_s optimizer.learning_rate optimizer.eps eval.temperature "
     "optimizer.clip_norm optimizer.skip_norm hpt.clip_low hpt.clip_high optimizer.decay_steps model.shape.rope_theta "
-    "distributed.timeout_s hpt.clip_bound hpt.correction_cap methods.trsft_floor methods.pear_gamma "
-    "methods.prefix_clip_low methods.prefix_clip_high "
+    "distributed.timeout_s optimizer.critic_learning_rate hpt.entropy_target hpt.entropy_delta hpt.top_entropy "
+    "hpt.clip_bound hpt.correction_cap methods.ppo_gamma methods.ppo_value_coefficient "
+    "methods.trsft_floor methods.pear_gamma methods.prefix_clip_low methods.prefix_clip_high "
     "methods.implicit_beta methods.dpo_beta methods.luffy_gamma methods.relift_clip_norm"
 ).split()
 
@@ -190,6 +191,7 @@ def _check_objective(config: Config) -> None:
             f"{hpt.clip_low}, {hpt.clip_high}",
             "hpt.clip_low and hpt.clip_high",
         )
+    _check_second_look(config)
     _check_method_constants(config)
     for place, method, _ in steps_of(config):
         never_rl, never_sft = method in GATED and hpt.gate == group_size, method in GATED and hpt.gate < 0
@@ -203,10 +205,39 @@ def _check_objective(config: Config) -> None:
             )
 
 
+def _check_second_look(config: Config) -> None:
+    """What is computed from a score pass of the whole update."""
+    hpt = config.hpt
+    if hpt.top_entropy is not None and hpt.top_entropy > 1:
+        _refuse("hpt.top_entropy in (0, 1]", f"{hpt.top_entropy}", "hpt.top_entropy")
+    if hpt.correction_normalised and hpt.sampler_correction not in ("token_tis", "sequence_tis"):
+        _refuse(
+            "hpt.sampler_correction 'token_tis' or 'sequence_tis' for hpt.correction_normalised",
+            repr(hpt.sampler_correction),
+            "hpt.sampler_correction or hpt.correction_normalised",
+        )
+    if (hpt.top_entropy is not None or hpt.correction_normalised) and hpt.kl_in == "reward" and hpt.kl_coefficient:
+        _refuse(
+            "hpt.kl_in 'loss' beside hpt.top_entropy or hpt.correction_normalised (both act on advantages before the "
+            "reward's KL is taken off)",
+            "'reward'",
+            "hpt.kl_in",
+        )
+    if hpt.entropy_target is not None and hpt.rl_coefficient == 0:
+        _refuse(
+            "rollouts that learn by RL, whose entropy hpt.entropy_target steers",
+            "hpt.rl_coefficient 0",
+            "hpt.rl_coefficient or hpt.entropy_target",
+        )
+
+
 def _check_method_constants(config: Config) -> None:
     for problem in prefix_problems(config):
         _refuse(*problem)
     constants, group_size = config.methods, config.rollout.group_size
+    for name, value in (("ppo_gamma", constants.ppo_gamma), ("ppo_lambda", constants.ppo_lambda)):
+        if value > 1:
+            _refuse(f"methods.{name} of at most 1", f"{value}", f"methods.{name}")
     if not config.hpt.gate <= constants.gate_off <= group_size and config.method == "hpt_off_band":
         _refuse(
             f"methods.gate_off in hpt.gate..rollout.group_size ({config.hpt.gate}..{group_size})",

@@ -99,6 +99,10 @@ class MethodsConfig:
 
     gate_off: int = 1  # hpt_off_band: RL on the demonstration where more than hpt.gate and at most this many solved
     soft_table: Annotated[tuple[SoftRow, ...], struct_list(SoftRow)] = ()  # hpt_soft: for 0..group_size solved
+    ppo_gamma: float = 1.0  # ppo: discount of later tokens, (0, 1]
+    ppo_lambda: float = 0.95  # ppo: of GAE, [0, 1]
+    ppo_value_coefficient: float = 0.1  # ppo: of the critic's loss
+    ppo_value_clip: float = 0.2  # ppo: how far a value may move from the one at sampling weights; unverified
     trsft_floor: float = 0.1  # trsft: probability below which the weight falls
     pear_gamma: float = 0.999  # pear_*: unverified
     pear_block_tokens: int = 8  # pear_block: ours

@@ -23,7 +23,7 @@ class TermPlane:
 
     Args
       weights: mask x coefficient / normaliser of the whole update; >= 0; no advantage inside. Micro-batch terms add.
-      advantages: the A of this term; 0 where the weight is 0.
+      advantages: the A of this term, or what a regression is fitted to; 0 where the weight is 0.
     """
 
     weights: Float[Array, "B T"]
@@ -47,6 +47,7 @@ class MicroBatch:
       source: per segment, a `Source`; -1 where there is no segment.
       first_written: per segment, the position of the first target that the segment's author wrote: those before it are
         prompt and forced prefix; 0 if no segment. None: nothing is forced.
+      rollout_values: of the critic at sampling weights, reward units; only where a method has a critic.
       pair_ids: per segment, 1 upwards; the segments of a row that are compared with each other share it; 0: none.
       optimizer: which of a tree's optimizers takes the update (`train.optimizer.alternating`); None: there is one.
       micro_index: which micro-batch of its update this is, 0 upwards.
@@ -74,6 +75,7 @@ class MicroBatch:
     planned_digest: UInt32[Array, "M 2"]
     teacher_logprobs: Float[Array, "B T"] | None = None
     demonstration_logprobs: Float[Array, "B T"] | None = None
+    rollout_values: Float[Array, "B T"] | None = None
     pair_ids: Int[Array, "B S"] | None = None
     first_written: Int[Array, "B S"] | None = None
     optimizer: Int[Array, ""] | None = None

@@ -88,14 +88,15 @@ def certify(
     state: Any,
     micro_batch: Any,
     *,
-    gradients_read: Sequence[str] | None = None,
+    gradients_read: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
 ) -> Certificate:
     """The certificate of a step function.
 
     Args
       micro_step: jitted or not. state, micro_batch: a `TrainState` and a `MicroBatch`, of arrays or of shapes.
       gradients_read: what every gradient must depend on: fields of the micro-batch such as `planes.rl.weights`, and
-        `params`; by default the parameters, the target tokens and the weights of every plane.
+        `params`; by default the parameters, the target tokens and the weights of every plane. Where chains read
+        different ones, as a policy and its critic do: by the name of the chain.
 
     Raises CertificateError naming the leaf and what was found instead.
     """
@@ -113,7 +114,9 @@ def certify(
         if program.paths[place][3:] == ("witness",):
             _witness_reads(name, reads)
         else:
-            _gradient_reads(name, reads, fields, gradients_read)
+            chain = program.paths[place][1]
+            required = gradients_read[chain] if isinstance(gradients_read, Mapping) else gradients_read
+            _gradient_reads(name, reads, fields, required)
         if not _is_zero(program.last[place]):
             _refuse(name, "a literal zero from the last micro-batch's branch", _described(program.last[place]))
         leaves.append(Leaf(name, tuple(reads)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hptjax.models.folder_slices import folder_shape, load_placed
 from hptjax.records import Question, Source
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import one_at_a_time, put_micro_batch
-from hptjax.train.objective import TokenStatsFn
+from hptjax.train.objective import TokenStatsFn, ValueHead
 from hptjax.types import MicroBatch, Params
 
 Scorer = Callable[[MicroBatch], Any]
@@ -38,6 +38,26 @@ def make_score(token_stats: Callable[[bool], TokenStatsFn]) -> Callable[[Params,
         return stats(params, micro_batch).logprobs
 
     return score
+
+
+def make_looks(
+    token_stats: Callable[[bool], TokenStatsFn], names: frozenset[str], value_head: ValueHead
+) -> Callable[[Mapping[str, Params], MicroBatch], dict[str, Any]]:
+    """A score pass that says more: named parameters and a micro-batch -> name -> [B T].
+
+    Args
+      names: of "rollout_logprobs", "entropy" and "rollout_values"; what is not asked for is not computed.
+    """
+    stats = token_stats("entropy" in names)
+
+    def looks(params: Mapping[str, Params], micro_batch: MicroBatch) -> dict[str, Any]:
+        found = stats(params["policy"], micro_batch)
+        every = {"rollout_logprobs": found.logprobs, "entropy": found.entropy}
+        if "rollout_values" in names:
+            every["rollout_values"] = value_head(params["critic"], found.hidden, micro_batch.completion_mask)
+        return {name: every[name] for name in sorted(names)}
+
+    return looks
 
 
 def frozen_scorer(config: Config, policy: Policy, folder: str, field: str) -> Scorer:

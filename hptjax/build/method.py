@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 
@@ -11,13 +12,15 @@ from hptjax.build.logical import logical_partition
 from hptjax.build.rows import chosen_row
 from hptjax.config import Config, HptConfig
 from hptjax.config_methods import MethodName
+from hptjax.hpt.control import Control, Controls, entropy_control
 from hptjax.hpt.method import DEMONSTRATIONS, ROLLOUTS, Method, Part, Share, all_needs
 from hptjax.hpt.methods import METHODS, Options
+from hptjax.hpt.refine import Refinement, in_turn, mean_one, top_entropy
 from hptjax.hpt.terms import Term, completion_span
 from hptjax.losses import kl, reducers, table
 from hptjax.losses.advantages import ones
 from hptjax.losses.entropy import entropy_token_loss
-from hptjax.losses.estimator import Estimator, ExtraTerm, Need
+from hptjax.losses.estimator import Estimator, ExtraTerm, Need, Regression
 from hptjax.losses.stability import everywhere
 from hptjax.losses.view import TokenView, stored
 from hptjax.records import Sample, SampleId
@@ -38,18 +41,28 @@ class Recipe:
 
     Args
       method: its row, with the config's penalties and bonuses beside its own parts.
-      terms: steps done in the stage -> the host side of each plane; token_losses: the device side, by the same names.
-      scores: whether a score pass gives `rollout_logprobs`.
+      terms: (steps done in the stage, steered coefficients by part) -> the host side of each plane; token_losses: the
+        device side, by the same names.
+      scores: whether a score pass gives `rollout_logprobs`. looks: all that it gives, by name; empty: there is none.
+      refine, control: what is made of the score pass before anything is trained on.
       needs: what the parts read beside the policy and a reward.
       partition: samples -> logical micro-batch per sample, for the preset that needs one.
     """
 
     method: Method
-    terms: Callable[[int], tuple[Term, ...]]
+    terms: Callable[..., tuple[Term, ...]]
     token_losses: Mapping[str, TokenLoss]
     scores: bool
+    looks: frozenset[str]
+    refine: Refinement | None
+    control: Control | None
     needs: frozenset[Need]
     partition: Callable[[Sequence[Sample]], dict[SampleId, int]] | None
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a value head is trained beside the policy."""
+        return Need.VALUES in self.needs
 
 
 def build_recipe(config: Config, name: MethodName, questions_per_step: int) -> Recipe:
@@ -66,12 +79,24 @@ def build_recipe(config: Config, name: MethodName, questions_per_step: int) -> R
     shares = {part.name: _reducer(part, config, questions_per_step) for part in parts}
     penalty = hpt.kl_coefficient or 0.0 if hpt.kl_in == "reward" else 0.0
 
-    def terms(step: int) -> tuple[Term, ...]:
+    refinements = _refinements(method, hpt)
+    control = None
+    if hpt.entropy_target is not None and _has_rl(method):
+        control = entropy_control(start=hpt.entropy_coefficient, target=hpt.entropy_target, delta=hpt.entropy_delta)
+    looks = {
+        "rollout_logprobs": scores or (hpt.correction_normalised and _has_rl(method)),
+        "entropy": control is not None or (hpt.top_entropy is not None and _has_rl(method)),
+        "rollout_values": Need.VALUES in needs,
+    }
+
+    def terms(step: int, controls: Controls = MappingProxyType({})) -> tuple[Term, ...]:
         return tuple(
             Term(
                 part.name,
                 part.sources,
-                part.coefficient * (1.0 if part.schedule is None else part.schedule(step)),
+                part.coefficient
+                * (1.0 if part.schedule is None else part.schedule(step))
+                * controls.get(part.name, 1.0),
                 shares[part.name],
                 part.row.advantage if isinstance(part.row, Estimator) else ones,
                 token_advantage=part.row.token_advantage if isinstance(part.row, Estimator) else None,
@@ -88,6 +113,9 @@ def build_recipe(config: Config, name: MethodName, questions_per_step: int) -> R
         terms=terms,
         token_losses={part.name: _token_loss(part, scores, penalty if part.kind == "rl" else 0.0) for part in parts},
         scores=scores,
+        looks=frozenset(name for name, wanted in looks.items() if wanted),
+        refine=in_turn(refinements) if refinements else None,
+        control=control,
         needs=needs,
         partition=logical_partition(hpt.ranks, hpt.logical_micro_tokens) if hpt.preset == "official" else None,
     )
@@ -154,11 +182,28 @@ def _with_choices(part: Part, config: Config) -> Part:
     return dataclasses.replace(part, row=row, coefficient=factor * part.coefficient)
 
 
+def _refinements(method: Method, hpt: HptConfig) -> list[Refinement]:
+    """The method's own, then what the config asks for, on the rollouts' part."""
+    chosen = [] if method.refine is None else [method.refine]
+    if _has_rl(method):
+        if hpt.top_entropy is not None:
+            chosen.append(top_entropy(hpt.top_entropy))
+        if hpt.correction_normalised:
+            whole = hpt.sampler_correction == "sequence_tis"
+            chosen.append(mean_one(cap=hpt.correction_cap, whole_sequence=whole))
+    return chosen
+
+
+def _has_rl(method: Method) -> bool:
+    return any(part.name == "rl" for part in method.parts)
+
+
 def _beside(config: Config, method: Method) -> tuple[Part, ...]:
     """The KL penalty and the entropy bonus: the config's, or the penalty that the method is published with."""
     hpt = config.hpt
     published = [part for part in method.parts if part.name == "kl"]
     rl = next((part for part in method.parts if part.name == "rl"), None)
+    steered = hpt.entropy_target is not None and rl is not None
     parts: list[Part] = []
     if hpt.kl_coefficient is None:
         parts += published
@@ -174,16 +219,16 @@ def _beside(config: Config, method: Method) -> tuple[Part, ...]:
                 coefficient=hpt.kl_coefficient,
             )
         )
-    if hpt.entropy_coefficient > 0:
+    if hpt.entropy_coefficient > 0 or steered:
         row = ExtraTerm("entropy", lambda view: entropy_token_loss(view.entropy), 1.0, frozenset({Need.ENTROPY}))
         parts.append(
             Part(
                 name="entropy",
                 row=row,
-                sources=ROLLOUTS | DEMONSTRATIONS if hpt.entropy_on_demonstrations else ROLLOUTS,
+                sources=ROLLOUTS | DEMONSTRATIONS if hpt.entropy_on_demonstrations and not steered else ROLLOUTS,
                 kind="beside",
                 reducer="token_mean",
-                coefficient=hpt.entropy_coefficient,
+                coefficient=1.0 if steered else hpt.entropy_coefficient,
             )
         )
     return tuple(parts)
@@ -201,6 +246,8 @@ def _token_loss(part: Part, scored: bool, reward_penalty: float) -> TokenLoss:
       reward_penalty: beta of a KL in the reward: the advantage of a token loses beta x (logp - reference_logprobs).
     """
     row = part.row
+    if isinstance(row, Regression):
+        return row.token_loss
     if isinstance(row, ExtraTerm):
         term = row.token_loss
         return lambda view, advantages: term(view)

@@ -133,7 +133,7 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
                 attention=attention,
                 remat=config.model.remat,
             )
-            return token_logprobs(
+            looked = token_logprobs(
                 hidden,
                 decoder.unembedding(params, shape).astype(dtype),
                 micro_batch.target_tokens,
@@ -143,6 +143,7 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
                 live=micro_batch.completion_mask,
                 time_parts=parts(mesh.shape, "time", rules),
             )
+            return looked._replace(hidden=hidden)
 
         return stats
 

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from hptjax.build.data import build_requests
-from hptjax.build.frozen import add_frozen, make_score
+from hptjax.build.frozen import add_frozen, make_looks, make_score
 from hptjax.build.method import Recipe, build_recipe, stability_mask
 from hptjax.build.policy import Policy
 from hptjax.config import Config, StageConfig
@@ -21,9 +21,11 @@ from hptjax.config_batch import stage_list
 from hptjax.data.stream import QuestionStream
 from hptjax.data.tokenizer import stop_ids
 from hptjax.hpt.assemble import Update, assemble
+from hptjax.hpt.control import Controls
 from hptjax.hpt.route import Routed
 from hptjax.losses.advantages import overlong_penalty
 from hptjax.losses.estimator import Need
+from hptjax.models import value_head
 from hptjax.records import Question, Sample, SampleId
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import one_at_a_time
@@ -37,6 +39,7 @@ from hptjax.train.optimizer import (
     make_optimizer,
     make_schedule,
 )
+from hptjax.train.second_look import ScorePass, SecondLook
 from hptjax.train.stage import Stage
 from hptjax.train.state import MicroStep, TrainState, init_state, jit_step, placed, state_shardings
 from hptjax.train.step import Losses, make_micro_step, make_named_gradients
@@ -60,7 +63,10 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
     recipe = step.recipe
 
     def start(params: Mapping[str, Params], totals: Any) -> TrainState:
-        state = step.fresh(jax.tree.map(jnp.copy, dict(params)))
+        trees = {"policy": params["policy"]}
+        if recipe.has_critic:  # another stage's critic goes on, and ends with the last stage that trains it
+            trees["critic"] = params["critic"] if "critic" in params else _critic(params["policy"])
+        state = step.fresh(jax.tree.map(jnp.copy, trees))
         state = state if totals is None else dataclasses.replace(state, totals=totals)
         return placed(state, step.places)
 
@@ -89,10 +95,21 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         plan=build_requests(config, stop_ids(policy.tokenizer, config.rollout.stop_ids), recipe.method.sampled()),
         assemble=_assembler(config, recipe),
         learning_rate=lambda optimizer_step: float(to_host(step.schedule(optimizer_step))),
-        score=scorer if recipe.scores else None,
+        score=_score_pass(policy, recipe, scorer),
+        second_look=SecondLook(recipe.refine, recipe.control) if recipe.refine or recipe.control else None,
         add_frozen=add_frozen(config, policy, scorer, recipe.needs),
         probe=_probe(policy.mesh, step.losses),
     )
+
+
+def _score_pass(policy: Policy, recipe: Recipe, scorer: Callable[[Params, MicroBatch], Any]) -> ScorePass | None:
+    """What the recipe looks at, by name; where that is log-probs alone, by the program that scores frozen models."""
+    if not recipe.looks:
+        return None
+    if recipe.looks == {"rollout_logprobs"}:
+        return lambda params, micro_batch: {"rollout_logprobs": scorer(params["policy"], micro_batch)}
+    looks = make_looks(policy.token_stats, recipe.looks, value_head.token_values)
+    return one_at_a_time(policy.mesh, jax.jit(looks))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,26 +150,37 @@ def build_step(
         recipe.token_losses,
         scored=recipe.scores,
         stability_mask=stability_mask(recipe),
+        value_head=value_head.token_values if recipe.has_critic else None,
     )
     schedule = _schedule(config, stage)
     clips = [config.optimizer.clip_norm, *([config.methods.relift_clip_norm] if recipe.method.apart else [])]
     optimizers = {"policy": _optimizer(config, schedule, clips)}
+    trees, tree_places = {"policy": params}, {"policy": shardings}
+    if recipe.has_critic:
+        optimizers["critic"] = _optimizer(config, _schedule(config, stage, critic=True), [config.optimizer.clip_norm])
+        trees["critic"] = jax.eval_shape(lambda: _critic(params))
+        tree_places["critic"] = {"weight": shardings["final_norm"], "bias": replicated(mesh)}
     empty = _assembler(config, recipe)([], frozenset()).micro_batches[0]
-    stats = jax.eval_shape(losses, {"policy": params}, empty)[1]
+    stats = jax.eval_shape(losses, trees, empty)[1]
 
     def fresh(params: Mapping[str, Params]) -> TrainState:
         return init_state(params, optimizers, stats, config.batch.max_micro_batches)
 
-    state = jax.eval_shape(fresh, {"policy": params})
+    state = jax.eval_shape(fresh, trees)
     memory = HOST_MEMORY if config.optimizer.host_memory else None
     if memory is not None:
         device = mesh.devices.flat[0]
         check_host_memory(device.platform, [memory.kind for memory in device.addressable_memories()])
-    places = state_shardings(state, {"policy": shardings}, replicated(mesh), optimizer_memory=memory)
+    places = state_shardings(state, tree_places, replicated(mesh), optimizer_memory=memory)
     micro_step = make_micro_step(
         losses, optimizers, skip_norm=config.optimizer.skip_norm, checksum_every=config.train.checksum_every
     )
     return Step(recipe, losses, schedule, empty, fresh, state, places, jit_step(micro_step, places))
+
+
+def _critic(policy: Params) -> Params:
+    """A fresh critic for a policy; its weight is as long as the scale of the final norm, and lives beside it."""
+    return value_head.init_params(policy["final_norm"].shape[0])
 
 
 def _assembler(config: Config, recipe: Recipe) -> Callable[..., Update]:
@@ -165,10 +193,11 @@ def _assembler(config: Config, recipe: Recipe) -> Callable[..., Update]:
         step: int = 0,
         *,
         optimizer: int = 0,
+        controls: Controls | None = None,
     ) -> Update:
         update = assemble(
             samples,
-            recipe.terms(step),
+            recipe.terms(step, controls or {}),
             rows=batch.rows,
             row_tokens=batch.row_tokens,
             max_segments=batch.max_segments,
@@ -178,19 +207,26 @@ def _assembler(config: Config, recipe: Recipe) -> Callable[..., Update]:
             advantages=None if routed is None else routed.advantages,
             partition=None if recipe.partition is None else recipe.partition(samples),
         )
-        if not recipe.method.apart:
+        fields: dict[str, Any] = {}
+        if recipe.method.apart:
+            fields["optimizer"] = np.asarray(optimizer, np.int32)
+        if recipe.has_critic:
+            fields["rollout_values"] = np.zeros_like(update.micro_batches[0].rollout_logprobs)
+        if not fields:
             return update
-        chosen = [dataclasses.replace(m, optimizer=np.asarray(optimizer, np.int32)) for m in update.micro_batches]
-        return dataclasses.replace(update, micro_batches=tuple(chosen))
+        return dataclasses.replace(
+            update, micro_batches=tuple(dataclasses.replace(m, **fields) for m in update.micro_batches)
+        )
 
     return assembler
 
 
-def _schedule(config: Config, stage: StageConfig) -> optax.Schedule:
+def _schedule(config: Config, stage: StageConfig, *, critic: bool = False) -> optax.Schedule:
     optimizer = config.optimizer
+    policy_rate = stage.learning_rate or optimizer.learning_rate
     return make_schedule(
         optimizer.schedule,
-        stage.learning_rate or optimizer.learning_rate,
+        optimizer.critic_learning_rate or policy_rate if critic else policy_rate,
         warmup_steps=optimizer.warmup_steps,
         end_fraction=optimizer.end_fraction,
         decay_steps=optimizer.decay_steps or stage.steps * config.train.updates_per_rollout_batch,

@@ -45,14 +45,16 @@ SUM_RATIO, SUM, MAX, MIN, LAST, HISTOGRAM = Reduction
 METRICS: tuple[Metric, ...] = (
     # rewards and groups
     Metric("critic/score/mean", SUM_RATIO, "reward", "reward of a rollout, mean over the step's rollouts"),
-    Metric(
-        "critic/free_score/mean", SUM_RATIO, "reward", "reward of rollouts that continue no prefix, where some do"
-    ),
+    Metric("critic/free_score/mean", SUM_RATIO, "reward", "reward of rollouts that continue no prefix, where some do"),
     Metric("critic/score/max", MAX, "reward", "largest reward of a rollout"),
     Metric("critic/score/min", MIN, "reward", "smallest reward of a rollout"),
     Metric("critic/advantages/mean", SUM_RATIO, "reward", "advantage of a live rollout token, mean over tokens"),
     Metric("critic/advantages/max", MAX, "reward", "largest advantage"),
     Metric("critic/advantages/min", MIN, "reward", "smallest advantage"),
+    Metric("critic/values/mean", SUM_RATIO, "reward", "the critic's value at sampling weights, mean over its tokens"),
+    Metric("critic/returns/mean", SUM_RATIO, "reward", "what the critic is fitted to, mean over its tokens"),
+    Metric("critic/vf_explained_var", LAST, "share", "variance of the returns that the critic's values explain"),
+    Metric("critic/grad_norm", MAX, "1", "norm of the critic's summed gradient before clipping"),
     Metric("rewards/<function>/mean", SUM_RATIO, "reward", "one reward function's value before its weight, mean"),
     Metric("group/zero_std_frac", SUM_RATIO, "share of groups", "groups whose rollouts all have the same reward"),
     Metric("verifier/timeouts", SUM, "completions", "verdicts cut off at the deadline; reward 0"),
@@ -89,6 +91,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("loss/<term>", SUM_RATIO, "weighted nats", "value of one term of the objective, mean over updates"),
     Metric("sft/loss", SUM_RATIO, "nats per token", "-log p of demonstration tokens under the policy"),
     Metric("actor/entropy", SUM_RATIO, "nats per token", "entropy of the policy on live tokens"),
+    Metric("actor/entropy_coefficient", LAST, "1", "coefficient of the entropy bonus in use, where it is steered"),
     Metric("actor/rollout_nll", SUM_RATIO, "nats per token", "-log p of rollout tokens under the policy"),
     Metric("actor/pg_clipfrac", SUM_RATIO, "share of tokens", "rollout tokens that the stability mask takes out"),
     Metric("actor/ppo_kl", SUM_RATIO, "nats per token", "log p at sampling time minus log p now, on rollout tokens"),

@@ -6,10 +6,11 @@ import dataclasses
 from typing import Literal
 
 from hptjax.hpt.plan import PrefixPlan, free_group
+from hptjax.hpt.refine import Refinement
 from hptjax.hpt.route import Route
 from hptjax.hpt.schedules import Schedule
 from hptjax.hpt.terms import SpanFn, written_span
-from hptjax.losses.estimator import Estimator, ExtraTerm, Need
+from hptjax.losses.estimator import Estimator, ExtraTerm, Need, Regression
 from hptjax.records import Source
 
 ROLLOUTS = frozenset({Source.ROLLOUT, Source.PREFIX})
@@ -26,7 +27,7 @@ class Part:
 
     Args
       name: of the term plane, and in the metrics.
-      row: of `losses/table.py`, or a term that a method is published with beside its row.
+      row: of `losses/table.py`, or a term that a method is published with beside its row, or its critic's.
       sources: whose tokens learn.
       kind: "rl" or "sft"; the config's coefficients and presets speak of these two. "beside" for a penalty or bonus.
       coefficient: the published one. schedule: a factor that changes with the steps.
@@ -37,7 +38,7 @@ class Part:
     """
 
     name: str
-    row: Estimator | ExtraTerm
+    row: Estimator | ExtraTerm | Regression
     sources: frozenset[Source]
     kind: Literal["rl", "sft", "beside"]
     reducer: Share
@@ -61,6 +62,7 @@ class Method:
       mask_overlong: whether completions that met their limit are left out of the gradient.
       apart: samples of an update of their own, with an optimizer of its own; 0: the method has no such updates.
       refills: whether questions that leave nothing are replaced by the next ones of the stream.
+      refine: what a score pass of the whole update makes of its advantages, before it is trained on.
       needs: beside those of the parts.
       formula, source, difference: where the parts' own do not say it.
     """
@@ -75,6 +77,7 @@ class Method:
     mask_overlong: bool = False
     apart: int = 0
     refills: bool = False
+    refine: Refinement | None = None
     needs: frozenset[Need] = frozenset()
     source: str = ""
     difference: str = ""

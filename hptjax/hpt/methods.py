@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from hptjax.hpt.method import DEMONSTRATIONS, ROLLOUTS, Method, Part
 from hptjax.hpt.methods_prefix import prefix_rft, trapo, uft
 from hptjax.hpt.options import Options
+from hptjax.hpt.refine import critic_gae
 from hptjax.hpt.route import (
     Route,
     by_band,
@@ -87,6 +88,26 @@ def rollouts_only(name: str) -> Callable[[Options], Method]:
         )
 
     return method
+
+
+def ppo(options: Options) -> Method:
+    """PPO: the clipped surrogate with GAE's advantages, and a critic that is fitted to its returns."""
+    method = rollouts_only("ppo")(options)
+    value = Part(
+        name="value",
+        row=table.VALUE(options.ppo_value_clip),
+        sources=ROLLOUTS,
+        kind="beside",
+        reducer=method.parts[0].reducer,
+        coefficient=options.ppo_value_coefficient,
+    )
+    return dataclasses.replace(
+        method,
+        parts=(*method.parts, value),
+        refine=critic_gae(gamma=options.ppo_gamma, smoothing=options.ppo_lambda),
+        source="arXiv 1707.06347, arXiv 1506.02438; critic and whitening as in verl",
+        difference="The critic is a linear map on the policy's hidden states and does not train them.",
+    )
 
 
 def demonstrations_only(name: str) -> Callable[[Options], Method]:
@@ -256,6 +277,7 @@ def dpo(options: Options) -> Method:
 
 METHODS: Mapping[str, Callable[[Options], Method]] = {
     **{name: rollouts_only(name) for name in ROLLOUT_ROWS},
+    "ppo": ppo,  # in the place of its row
     "dapo": dapo,
     "dpo": dpo,
     **{name: demonstrations_only(name) for name in DEMONSTRATION_ROWS},

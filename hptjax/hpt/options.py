@@ -26,6 +26,10 @@ class Options:
     rollout_row: str = "dr_grpo"
     clip: table.Clip | None = None
     soft_table: tuple[tuple[float, float, float], ...] = ()
+    ppo_gamma: float = 1.0
+    ppo_lambda: float = 0.95
+    ppo_value_coefficient: float = 0.1
+    ppo_value_clip: float = 0.2
     trsft_floor: float = 0.1
     pear_gamma: float = 0.999
     pear_block_tokens: int = 8

@@ -31,7 +31,7 @@ def ones(rewards: Float[np.ndarray, " N"], group_ids: Int[np.ndarray, " N"]) -> 
 def raw_reward(rewards: Float[np.ndarray, " N"], group_ids: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """The reward itself: what GAE with gamma = lambda = 1 and a value of 0 gives when the reward comes at the end.
 
-    Source Schulman et al. 2015, arXiv 1506.02438, Eq. 16 at these settings. A critic is not part of this stack yet.
+    Source Schulman et al. 2015, arXiv 1506.02438, Eq. 16 at these settings.
     """
     return finite_rewards(rewards)
 

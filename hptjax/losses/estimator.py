@@ -57,6 +57,19 @@ class ExtraTerm:
     needs: frozenset[Need]
 
 
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """A term that is no coefficient form: something of the view is fitted to targets, one per token.
+
+    Args
+      token_loss: (view, targets [B T]) -> loss [B T]. The targets travel where a row's advantages do.
+    """
+
+    name: str
+    token_loss: Callable[[TokenView, Any], Any]
+    needs: frozenset[Need]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimator:
     """One row: four components, the formula they make, and where it comes from.

@@ -21,10 +21,13 @@ class TokenStats(NamedTuple):
     Args
       logprobs: log pi(target | context) at the token's temperature; [B T].
       entropy: of the same tempered distribution, exact; [B T], or None if it was not asked for.
+      hidden: the states that it looked from, after the final norm, in the compute type; [B T D]; for a value head.
+        Whatever stands where no token is live. None from `token_logprobs` itself, which was given them.
     """
 
     logprobs: Float[Array, "B T"]
     entropy: Float[Array, "B T"] | None
+    hidden: Float[Array, "B T D"] | None = None
 
 
 def token_logprobs(

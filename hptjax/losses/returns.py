@@ -118,6 +118,16 @@ def gae(
     return Gae(advantages, returns)
 
 
+def explained_variance(values: Float[np.ndarray, " X"], returns: Float[np.ndarray, " X"]) -> float:
+    """`1 - variance(return - value) / variance(return)`: 1 for a perfect critic, 0 for a constant one.
+
+    Returns that are all equal leave nothing to explain and give 0.
+    """
+    spread = float(np.var(np.asarray(returns, np.float64)))
+    left = float(np.var(np.asarray(returns, np.float64) - values))
+    return 1.0 - masked.ratio(left, spread) if spread > 0.0 else 0.0
+
+
 def _spans(tokens: np.ndarray, lengths: np.ndarray) -> list[tuple[int, int]]:
     stops = np.cumsum(lengths)
     if (lengths < 0).any() or int(lengths.sum()) != tokens.size:

@@ -43,7 +43,7 @@ The rows stand in `table_sft.py`, `table_rl.py` and `table_hybrid.py`; what a ro
 
 from __future__ import annotations
 
-from hptjax.losses.estimator import Estimator, ExtraTerm, Need, missing_needs, policy_token_loss
+from hptjax.losses.estimator import Estimator, ExtraTerm, Need, Regression, missing_needs, policy_token_loss
 from hptjax.losses.table_hybrid import LUFFY_OFF, PREFIX_RFT, PREFIX_RFT_OFF, SRFT_OFF, SRFT_ON, SRFT_SFT
 from hptjax.losses.table_rl import (
     CISPO,
@@ -59,6 +59,7 @@ from hptjax.losses.table_rl import (
     REINFORCE_PP,
     RLOO,
     SAPO,
+    VALUE,
     Clip,
 )
 from hptjax.losses.table_sft import CHORD_PHI, DFT, IMPLICIT_REWARD, PEAR_BLOCK, PEAR_SEQUENCE, PEAR_TOKEN, SFT, TRSFT
@@ -91,10 +92,12 @@ __all__ = [
     "SRFT_ON",
     "SRFT_SFT",
     "TRSFT",
+    "VALUE",
     "Clip",
     "Estimator",
     "ExtraTerm",
     "Need",
+    "Regression",
     "missing_needs",
     "policy_token_loss",
 ]

@@ -19,9 +19,10 @@ from hptjax.losses.denominators import (
     sequence_ratio,
     sigmoid_gate,
 )
-from hptjax.losses.estimator import Estimator, ExtraTerm, Need
+from hptjax.losses.estimator import Estimator, ExtraTerm, Need, Regression
 from hptjax.losses.returns import reinforce_pp_advantages
 from hptjax.losses.stability import everywhere, log_clip, ppo_clip, sequence_clip
+from hptjax.losses.value import value_token_loss
 from hptjax.losses.view import TokenView, stored
 from hptjax.losses.words import said
 from hptjax.types import Array
@@ -74,10 +75,13 @@ def REINFORCE_PP(clip: Clip = (0.2, 0.2)) -> Estimator:
 
 
 def PPO(clip: Clip = (0.2, 0.2)) -> Estimator:
-    """PPO without a critic: GAE with value 0 and gamma = lambda = 1, which is the reward at the end.
+    """PPO's surrogate. By itself its advantage is the reward: GAE with value 0, gamma = lambda = 1, and no whitening.
+
+    Method `ppo` gives it whitened advantages per token, from the critic that `VALUE` fits (`hpt/refine.py`). As the row
+    of HPT's rollouts it stays without a critic.
 
     Args
-      clip: (low, high), 0.2 and 0.2 in the paper. A critic comes later and brings its advantages per token.
+      clip: (low, high), 0.2 and 0.2 in the paper.
     """
     return Estimator(
         name="ppo",
@@ -87,8 +91,23 @@ def PPO(clip: Clip = (0.2, 0.2)) -> Estimator:
         formula="1_clip R grad pi / pi_rollout  =  grad min(ratio R, clip(ratio, 1 - low, 1 + high) R)",
         source="Schulman et al. 2017, arXiv 1707.06347 Eq. 7; arXiv 2509.04419 v2 App. B.3",
         needs=_OFF_POLICY,
-        difference="The paper has a critic and GAE; this row has neither yet (`returns.gae`, `value.py`).",
+        difference="The row alone has no critic; method ppo brings it and its advantages.",
     )
+
+
+def VALUE(clip: float = 0.2) -> Regression:
+    """PPO's critic: values of the policy's tokens, fitted to the returns that GAE makes of rewards and old values.
+
+    Args
+      clip: how far a value may move from the one at sampling weights and still be pulled further; >= 0; 0.2 is ours
+        (verl 0.5, from memory: unverified).
+    """
+
+    def token_loss(view: TokenView, returns: Array) -> Array:
+        values, before = stored(view.values, "values"), stored(view.rollout_values, "rollout_values")
+        return value_token_loss(values, before, returns, stored(view.live, "live"), clip=clip)
+
+    return Regression("value", token_loss, frozenset({Need.VALUES}))
 
 
 def GRPO(clip: Clip = (0.2, 0.2)) -> Estimator:

@@ -26,7 +26,7 @@ from hptjax.types import Array
 class TokenView:
     """What a term's token loss may look at; None where nothing was stored.
 
-    Gradient flows through `logprobs` and `entropy` only.
+    Gradient flows through `logprobs`, `entropy` and `values` only.
 
     Args
       logprobs: current policy; [B T]; nats.
@@ -34,6 +34,7 @@ class TokenView:
       rollout_logprobs: trainer's at sampling weights (the papers' pi_old). sampler_logprobs: as decoded.
       reference_logprobs: frozen, for KL. teacher_logprobs: another model's. demonstration_logprobs: the author's of
         the demonstration.
+      values: of the current critic, reward units. rollout_values: at sampling weights.
       segment_ids: 0 is padding, 1..max_segments count the sequences of a row.
       live: True on the tokens of this term; the only ones that statistics of a sequence count.
       pair_ids: 0 no pair; 1..max_segments: the sequences of a row that are compared with each other share it.
@@ -47,6 +48,8 @@ class TokenView:
     reference_logprobs: Float[Array, "B T"] | None = None
     teacher_logprobs: Float[Array, "B T"] | None = None
     demonstration_logprobs: Float[Array, "B T"] | None = None
+    values: Float[Array, "B T"] | None = None
+    rollout_values: Float[Array, "B T"] | None = None
     segment_ids: Int[Array, "B T"] | None = None
     live: Bool[Array, "B T"] | None = None
     pair_ids: Int[Array, "B T"] | None = None

@@ -73,7 +73,7 @@ def run_programs(config: Config, stage: StageConfig, shape: DecoderConfig, mesh:
         decode_params=decode_params,
         cache=cache,
         lower=lower | rollout,
-        scores=step.recipe.scores or Need.REFERENCE_LOGPROBS in step.recipe.needs,
+        scores=bool(step.recipe.looks) or Need.REFERENCE_LOGPROBS in step.recipe.needs,
         copies_weights=model.decode_weights is not None,
     )
 

@@ -8,10 +8,11 @@ any `should_stop`, saves where it stands, and taken up again it ends with the sa
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from hptjax.diagnostics.metrics import merge
 from hptjax.hpt.assemble import Update
@@ -29,6 +30,7 @@ from hptjax.train.phases import (
     unjudged,
     varied_questions,
 )
+from hptjax.train.second_look import advantage_sums, filled, look_again
 from hptjax.train.stage import Cadence, Progress, Stage, World, progress_to_host
 from hptjax.train.state import TrainState
 from hptjax.train.step_metrics import merge_stats, rollout_metrics, update_metrics, visit_metrics
@@ -65,6 +67,7 @@ def run(
         if progress.stage < len(stages):
             progress.stage_step = 0
             progress.waiting, progress.apart_updates = [], 0
+            progress.controls = {}
             progress.stage_updates = int(world.read(state.totals.optimizer_steps))
             state = stages[progress.stage].start(state.params, state.totals)
         else:
@@ -133,29 +136,40 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
             bank=world.questions,
             wanted=stage.questions_per_step,
         )
-        updates = assemble_updates(
+        assembled = partial(
+            assemble_updates,
             gated,
             updates=stage.updates_per_step,
             stage_step=progress.stage_step,
             mask_overlong=stage.mask_overlong,
             assemble=stage.assemble,
         )
+        updates = assembled()
         plan = [[update.digest.tolist(), update.planned_tokens.tolist()] for update in updates]
         check_same([step.step, plan], "the plan of the updates", "keep the run folder and report it")
-    known = rollout_metrics(step, gated, updates, group_size=stage.group_size, reward_names=world.reward_names)
-    rows = [known, {"train/stage": progress.stage}]
+    rows: list[dict[str, Any]] = [{"train/stage": progress.stage}]
     batches = [[world.put(micro_batch) for micro_batch in update.micro_batches] for update in updates]
-    if stage.add_frozen is not None:
-        with _timed(seconds, "reference"):
-            batches = [[stage.add_frozen(micro_batch) for micro_batch in part] for part in batches]
     if stage.score is not None:
         with _timed(seconds, "score"):
             batches = _score(stage, state, step, batches, world)
+    controls = progress.controls
+    if stage.second_look is not None:
+        with _timed(seconds, "second_look"):
+            looked = look_again(updates, step.scores or [], stage.second_look, controls, reassemble=assembled)
+            updates, controls = looked.updates, dict(looked.controls_after)
+            check_same([step.step, advantage_sums(updates)], "the advantages", "keep the run folder and report it")
+            batches = [[world.put(micro_batch) for micro_batch in part] for part in looked.micro_batches]
+            rows.append(looked.metrics)
+    rows.append(rollout_metrics(step, gated, updates, group_size=stage.group_size, reward_names=world.reward_names))
+    if stage.add_frozen is not None:
+        with _timed(seconds, "reference"):
+            batches = [[stage.add_frozen(micro_batch) for micro_batch in part] for part in batches]
     if stage.probe is not None and _due(cadence.probe, progress.stage_step) and step.probe is None:
         with _timed(seconds, "probe"):
             step.probe = stage.probe(state.params, batches[0])
     with _timed(seconds, "update"):
         state = _apply_updates(stage, state, progress, step, updates, batches, world)
+    progress.controls = controls
     progress.waiting = [list(entry) for entry in gated.routed.waiting]
     if stage.rolls_out:
         rows.append(visit_metrics(gated, step.questions, progress.history))
@@ -208,16 +222,19 @@ def _draw_more(stage: Stage, step: OpenStep) -> bool:
 def _score(
     stage: Stage, state: TrainState, step: OpenStep, batches: list[list[MicroBatch]], world: World
 ) -> list[list[MicroBatch]]:
-    """The same packed micro-batches with `rollout_logprobs` filled: by the trainer, at the sampling weights."""
+    """The same packed micro-batches with the scores that losses read: by the trainer, at the sampling weights.
+
+    The open step keeps them on the host where they are needed after the weights have moved, or by the second look.
+    """
+    flat: list[dict[str, Any]]
     if step.scores is None:
-        flat = [stage.score(state.params["policy"], micro_batch) for part in batches for micro_batch in part]
-        step.scores = world.read(flat) if len(batches) > 1 else None
+        assert stage.score is not None
+        flat = [stage.score(state.params, micro_batch) for part in batches for micro_batch in part]
+        step.scores = world.read(flat) if len(batches) > 1 or stage.second_look is not None else None
     else:
         flat = step.scores
     scored = iter(flat)
-    return [
-        [dataclasses.replace(micro_batch, rollout_logprobs=next(scored)) for micro_batch in part] for part in batches
-    ]
+    return [[filled(micro_batch, next(scored)) for micro_batch in part] for part in batches]
 
 
 def _apply_updates(

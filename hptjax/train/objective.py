@@ -19,7 +19,7 @@ from hptjax.losses.kl import k3
 from hptjax.losses.logprobs import TokenStats
 from hptjax.losses.stability import StabilityMask
 from hptjax.losses.upge import weighted_sum
-from hptjax.losses.view import TokenView
+from hptjax.losses.view import TokenView, stored
 from hptjax.records import Source
 from hptjax.types import Array, MicroBatch, Params, Peak, Stat, SumCount
 
@@ -29,6 +29,9 @@ TokenLoss = Callable[[TokenView, Float[Array, "B T"]], Float[Array, "B T"]]
 TokenStatsFn = Callable[[Params, MicroBatch], TokenStats]
 """Policy parameters and a micro-batch -> log-probs and entropy of its target tokens: the only model call."""
 
+ValueHead = Callable[[Params, Float[Array, "B T D"], Bool[Array, "B T"]], Float[Array, "B T"]]
+"""The critic's parameters, hidden states, live tokens -> values in reward units, 0 where not live."""
+
 
 def per_token(segment_values: Float[Array, "B S"], micro_batch: MicroBatch, *, padding: float) -> Float[Array, "B T"]:
     """A per-segment scalar, spread over its tokens; `padding` where there is no segment."""
@@ -36,7 +39,7 @@ def per_token(segment_values: Float[Array, "B S"], micro_batch: MicroBatch, *, p
     return jnp.where(micro_batch.segment_ids > 0, jnp.take_along_axis(segment_values, slots, axis=1), padding)
 
 
-def token_view(stats: TokenStats, micro_batch: MicroBatch) -> TokenView:
+def token_view(stats: TokenStats, micro_batch: MicroBatch, values: Float[Array, "B T"] | None = None) -> TokenView:
     """What terms may read of a micro-batch; its live tokens are those of any term."""
     return TokenView(
         logprobs=stats.logprobs,
@@ -46,6 +49,8 @@ def token_view(stats: TokenStats, micro_batch: MicroBatch) -> TokenView:
         reference_logprobs=micro_batch.reference_logprobs,
         teacher_logprobs=micro_batch.teacher_logprobs,
         demonstration_logprobs=micro_batch.demonstration_logprobs,
+        values=values,
+        rollout_values=micro_batch.rollout_values,
         segment_ids=micro_batch.segment_ids,
         live=micro_batch.completion_mask,
         pair_ids=_pair_ids(micro_batch),
@@ -79,6 +84,7 @@ def make_losses(
     *,
     scored: bool = False,
     stability_mask: StabilityMask | None = None,
+    value_head: ValueHead | None = None,
 ) -> Callable[[Mapping[str, Params], MicroBatch], tuple[dict[str, Any], dict[str, Stat]]]:
     """The `Losses` of a policy objective: named scalar sums and named statistics.
 
@@ -87,13 +93,19 @@ def make_losses(
       token_losses: term name -> token loss; a micro-batch must carry a plane of each name.
       scored: whether `rollout_logprobs` come from a score pass, so that the distance to them means something.
       stability_mask: of the `rl` term; its share of masked tokens is then reported.
+      value_head: of the tree named `critic`, where there is one; it reads the policy's hidden states.
 
-    Gradient: flows through the policy's log-probs and entropy; stopped at weights, advantages and stored log-probs.
+    Gradient: flows through the policy's log-probs and entropy, and through the values to the critic; stopped at
+      weights, advantages, stored log-probs, and at the hidden states that the critic reads.
     """
 
     def losses(params: Mapping[str, Params], micro_batch: MicroBatch) -> tuple[dict[str, Any], dict[str, Stat]]:
         stats = token_stats(params["policy"], micro_batch)
-        view = token_view(stats, micro_batch)
+        values = None
+        if value_head is not None:
+            hidden = jax.lax.stop_gradient(stored(stats.hidden, "hidden"))
+            values = value_head(params["critic"], hidden, micro_batch.completion_mask)
+        view = token_view(stats, micro_batch, values)
         named = {
             name: weighted_sum(
                 token_loss(term_view(view, micro_batch, name), micro_batch.planes[name].advantages),

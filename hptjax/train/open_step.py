@@ -23,7 +23,7 @@ class OpenStep:
       step: 0-based, counted over all stages. questions: of this step, in stream order. round: the visit of its ids.
       samples: rollouts by id, with reward and solved once judged. verdicts: per sample, one per reward function.
       update_index, micro_index: the next micro-batch to be added.
-      scores: the score pass's log-probs, [update][micro-batch] stacked flat; host arrays, only kept across a stop.
+      scores: what the score pass said, by name, for the micro-batches of all updates in order; host arrays.
       ledger_rows, stats: of the updates of this step that are done; stats are (total, count), or (peak,).
       draws: batches of the stream that the questions are of.
       probe: norms of each objective's gradient at the start of the step, where they were due.
@@ -36,7 +36,7 @@ class OpenStep:
     verdicts: dict[SampleId, list[Verdict]] = dataclasses.field(default_factory=dict)
     update_index: int = 0
     micro_index: int = 0
-    scores: list[np.ndarray] | None = None
+    scores: list[dict[str, np.ndarray]] | None = None
     ledger_rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     stats: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     probe: dict[str, float] | None = None
@@ -63,7 +63,9 @@ def to_json(step: OpenStep) -> dict[str, Any]:
     }
 
 
-def from_json(saved: Mapping[str, Any], questions: Mapping[int, Question], scores: list[np.ndarray] | None) -> OpenStep:
+def from_json(
+    saved: Mapping[str, Any], questions: Mapping[int, Question], scores: list[dict[str, np.ndarray]] | None
+) -> OpenStep:
     """The inverse of `to_json`, given the questions by id."""
     samples = [_sample_from_json(entry, questions) for entry in saved["samples"]]
     return OpenStep(

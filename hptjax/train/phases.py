@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from hptjax.hpt.assemble import Update
+from hptjax.hpt.control import Controls
 from hptjax.hpt.gate import demonstration_sample, group_rollouts, solved_counts, split_questions
+from hptjax.hpt.refine import Refined
 from hptjax.hpt.route import Judged, Route, Routed, Waiting, varies
 from hptjax.records import FinishReason, Judge, Objective, Question, RolloutPlan, Sample
 from hptjax.train.ledger import AccumulationError
@@ -24,7 +27,8 @@ SampleRollouts = Callable[..., list[Sample]]
 Assemble = Callable[..., Update]
 """Live samples, the ids that carry no weight, the step's `Routed` and the steps done before it -> one packed update.
 
-`optimizer`, a keyword, says which of several takes it; 0 without.
+`optimizer`, a keyword, says which of several takes it; 0 without. `controls`, a keyword, are coefficients that were
+steered; without it the terms have their own.
 """
 
 
@@ -121,7 +125,14 @@ def gate_step(
 
 
 def assemble_updates(
-    gated: Gated, *, updates: int, stage_step: int = 0, mask_overlong: bool, assemble: Assemble
+    gated: Gated,
+    *,
+    updates: int,
+    stage_step: int = 0,
+    mask_overlong: bool,
+    assemble: Assemble,
+    refined: Sequence[Refined] | None = None,
+    controls: Controls | None = None,
 ) -> list[Update]:
     """The packed updates of a step: whole questions, in stream order, each update with its own normalisers.
 
@@ -131,20 +142,27 @@ def assemble_updates(
       updates: fewer where there are fewer questions, in the last, smaller batch of a pass.
       stage_step: steps of the stage that are done, for coefficients that change.
       mask_overlong: truncated rollouts count in their group's statistics and carry no weight.
+      refined: of each update, advantages instead of the terms' own. controls: coefficients instead of the terms' own.
     """
+    steered: dict[str, Any] = {"controls": controls} if controls else {}
+
+    def packed_update(samples: Sequence[Sample], **options: Any) -> Update:
+        routed = gated.routed if refined is None else _given(gated.routed, refined[len(packed)], samples)
+        return assemble(samples, dead, routed, stage_step, **steered, **options)
+
     dead = frozenset(
         sample.sample_id for sample in gated.live if mask_overlong and sample.finish_reason == FinishReason.LENGTH
     )
     order = list(dict.fromkeys(sample.sample_id.question for sample in gated.live))
     parts = split_questions(order, min(updates, len(order))) if order else [[]]  # nothing live: one empty update
-    packed = []
+    packed: list[Update] = []
     for part in parts:
         chosen = frozenset(part)
         samples = [sample for sample in gated.live if sample.sample_id.question in chosen]
-        packed.append(assemble(samples, dead, gated.routed, stage_step))
+        packed.append(packed_update(samples))
     apart = gated.routed.apart
     if apart:
-        packed.append(assemble(apart, dead, gated.routed, stage_step, optimizer=1))
+        packed.append(packed_update(apart, optimizer=1))
     accounted = sum(len(update.samples) + update.left_out for update in packed)
     if accounted != len(gated.live) + len(apart):
         raise AccumulationError(
@@ -152,3 +170,9 @@ def assemble_updates(
             "were lost or repeated between gate and packing; nothing was trained on them"
         )
     return packed
+
+
+def _given(routed: Routed, refined: Refined, samples: Sequence[Sample]) -> Routed:
+    """The route with refined advantages; samples without a live token, which were not scored, have none."""
+    given = {term: {s.sample_id: found.get(s.sample_id, 0.0) for s in samples} for term, found in refined.items()}
+    return dataclasses.replace(routed, advantages={**routed.advantages, **given})

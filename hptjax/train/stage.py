@@ -12,6 +12,7 @@ from hptjax.hpt.route import Route
 from hptjax.records import Judge, Question, RolloutPlan, Sample
 from hptjax.train.open_step import OpenStep, from_json, to_json
 from hptjax.train.phases import Assemble, Gated, SampleRollouts
+from hptjax.train.second_look import ScorePass, SecondLook
 from hptjax.train.state import TrainState
 from hptjax.types import MicroBatch, Params
 
@@ -24,8 +25,8 @@ class Stage:
       steps: rollout batches. route: what the questions learn from. group_size: rollouts per question.
       rolls_out: False where the route reads no rollouts, so nothing needs to be sampled. plan: what is, in rounds.
       rewards_demonstrations: whether the route reads the rewards of demonstrations.
-      updates_per_step: optimizer updates per rollout batch. score: set where the method needs the score pass; given
-        (params, micro_batch) it returns log-probs under those parameters, [B T].
+      updates_per_step: optimizer updates per rollout batch. score: set where the method needs the score pass.
+      second_look: what is made of it beside `rollout_logprobs`, where there is more.
       add_frozen: fills in the log-probs of frozen models (reference, teacher), where the method reads them.
       start: parameters and lifetime totals -> the stage's first state, with fresh sums and optimizer.
       questions_per_step: that leave something for the update, where there are as many. draws: batches of questions
@@ -59,7 +60,8 @@ class Stage:
     plan: RolloutPlan
     assemble: Assemble
     learning_rate: Callable[[int], float]
-    score: Callable[[Params, MicroBatch], Any] | None = None
+    score: ScorePass | None = None
+    second_look: SecondLook | None = None
     add_frozen: Callable[[MicroBatch], MicroBatch] | None = None
     probe: Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]] | None = None
 
@@ -110,6 +112,7 @@ class Progress:
     counters: dict[str, float] = dataclasses.field(default_factory=dict)
     waiting: list[list[int]] = dataclasses.field(default_factory=list)  # of a route with a buffer: question, visit
     apart_updates: int = 0  # optimizer steps of the second optimizer in this stage
+    controls: dict[str, float] = dataclasses.field(default_factory=dict)  # steered coefficients of this stage
 
 
 def progress_to_host(progress: Progress, stream_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -119,7 +122,11 @@ def progress_to_host(progress: Progress, stream_state: dict[str, Any]) -> tuple[
     host["open_step"] = None if open_step is None else to_json(open_step)
     arrays = {}
     if open_step is not None and open_step.scores is not None:
-        arrays = {f"scores_{index:06d}": scores for index, scores in enumerate(open_step.scores)}
+        arrays = {
+            f"scores_{index:06d}_{name}": array
+            for index, named in enumerate(open_step.scores)
+            for name, array in named.items()
+        }
     return host | {"stream": stream_state}, arrays  # the position is in the stream of the stage
 
 
@@ -129,6 +136,9 @@ def progress_from_host(
     """The inverse of `progress_to_host`, but for the stream's position."""
     fields = {field.name: host[field.name] for field in dataclasses.fields(Progress)}
     if host["open_step"] is not None:
-        scores = [arrays[name] for name in sorted(arrays) if name.startswith("scores_")] or None
-        fields["open_step"] = from_json(host["open_step"], questions, scores)
+        scores: dict[str, dict[str, np.ndarray]] = {}
+        for key in sorted(key for key in arrays if key.startswith("scores_")):
+            _, index, name = key.split("_", maxsplit=2)
+            scores.setdefault(index, {})[name] = arrays[key]
+        fields["open_step"] = from_json(host["open_step"], questions, list(scores.values()) or None)
     return Progress(**fields)

@@ -146,7 +146,10 @@ def update_metrics(step: OpenStep, updates: Sequence[Update], seconds: Mapping[s
         if sample.prefix_len < len(sample.completion_tokens)
     }
     row |= {
-        "actor/grad_norm": max(norm for entry in rows for norm in entry["grad_norm"].values()),
+        **{
+            f"{'actor' if name == 'policy' else name}/grad_norm": max(entry["grad_norm"][name] for entry in rows)
+            for name in rows[0]["grad_norm"]
+        },
         "actor/lr": rows[-1]["learning_rate"],
         "actor/skipped_updates": sum(entry["status"] != "updated" for entry in rows),
         "witness/ok": int(all(entry["witness_ok"] for entry in rows)),

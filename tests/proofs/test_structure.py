@@ -242,6 +242,28 @@ def test_t29_certifies_the_product_steps(configs, case, mesh):
     check_certified(configs, mesh, *PRODUCT[case])
 
 
+@pytest.mark.parametrize("mesh", [ONE_DEVICE, MESH], ids=["one_device", "data4_tensor2"])
+def test_t29_certifies_ppo_and_that_policy_and_critic_read_planes_of_their_own(configs, mesh):
+    """Two chains in one backward: no leaf of the policy can see the critic's loss, nor the critic the policy's."""
+    stage, policy = made_stage(configs, mesh, method="ppo", train={"updates_per_rollout_batch": 2})
+    state = jax.eval_shape(lambda params: stage.start({"policy": params}, None), policy.params)
+    micro_batch = stage.assemble([], frozenset()).micro_batches[0]
+    rl = MODEL | RL | {"rollout_logprobs"}
+    value = {"planes.value.weights", "planes.value.advantages", "rollout_values"}
+    value |= MODEL - {"target_tokens", "temperature"}
+    certificate = certify(
+        stage.micro_step, state, micro_batch, gradients_read={"policy": sorted(rl), "critic": sorted(value)}
+    )
+    leaves = {leaf.name: set(leaf.reads) for leaf in certificate.leaves}
+    for chain, reads in (("policy", rl), ("critic", value)):
+        mine = {name: of for name, of in leaves.items() if name.startswith(f"chains.{chain}.")}
+        assert mine.pop(f"chains.{chain}.sums.witness") == {"completion_mask", "micro_index"}
+        assert len(mine) == len(jax.tree.leaves(state.params[chain])) >= 2
+        assert all(of == reads for of in mine.values())
+    with pytest.raises(CertificateError, match=r"critic.*depends on .*planes\.rl\.weights"):
+        certify(stage.micro_step, state, micro_batch, gradients_read={"policy": sorted(rl), "critic": sorted(rl)})
+
+
 def test_t29_certifies_recomputation_chunks_and_skip_norm(configs):
     changed = {
         "model": {"remat": "full", "logprob_chunk_tokens": 64},
