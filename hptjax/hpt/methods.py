@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from hptjax.hpt.method import DEMONSTRATIONS, ROLLOUTS, Method, Part
+from hptjax.hpt.methods_critic import ppo
 from hptjax.hpt.methods_prefix import prefix_rft, trapo, uft
 from hptjax.hpt.options import Options
-from hptjax.hpt.refine import critic_gae
 from hptjax.hpt.route import (
     Route,
     by_band,
@@ -88,26 +88,6 @@ def rollouts_only(name: str) -> Callable[[Options], Method]:
         )
 
     return method
-
-
-def ppo(options: Options) -> Method:
-    """PPO: the clipped surrogate with GAE's advantages, and a critic that is fitted to its returns."""
-    method = rollouts_only("ppo")(options)
-    value = Part(
-        name="value",
-        row=table.VALUE(options.ppo_value_clip),
-        sources=ROLLOUTS,
-        kind="beside",
-        reducer=method.parts[0].reducer,
-        coefficient=options.ppo_value_coefficient,
-    )
-    return dataclasses.replace(
-        method,
-        parts=(*method.parts, value),
-        refine=critic_gae(gamma=options.ppo_gamma, smoothing=options.ppo_lambda),
-        source="arXiv 1707.06347, arXiv 1506.02438; critic and whitening as in verl",
-        difference="The critic is a linear map on the policy's hidden states and does not train them.",
-    )
 
 
 def demonstrations_only(name: str) -> Callable[[Options], Method]:

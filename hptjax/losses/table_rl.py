@@ -103,6 +103,7 @@ def VALUE(clip: float = 0.2) -> Regression:
         (verl 0.5, from memory: unverified).
     """
 
+    @said(f"squares of value - return, a value at most {clip:g} from its old one")
     def token_loss(view: TokenView, returns: Array) -> Array:
         values, before = stored(view.values, "values"), stored(view.rollout_values, "rollout_values")
         return value_token_loss(values, before, returns, stored(view.live, "live"), clip=clip)
