@@ -15,8 +15,8 @@ from hptjax.config import StageConfig
 from hptjax.train.step import make_named_gradients
 from tests import tiny
 
-WITHOUT_ENTROPY = {"dr_grpo": 1, "sft": 1, "luffy": 2, "kdrl": 2, "hpt": 2, "hpt_off_band": 3, "uft": 3}
-WITH_ENTROPY = {"dr_grpo": 2, "hpt": 3, "srft": 4, "uft": 4}  # the bonus is a plane, srft reads entropy in two more
+WITHOUT_ENTROPY = {"dr_grpo": 1, "hpt": 2, "uft": 3}
+WITH_ENTROPY = {"sft": 2, "srft": 4}  # the bonus is a plane, and srft reads the entropy in two more
 ROWS, TOKENS = 2, 48  # of the tiny run's micro-batch; no other size is 48 or 96
 
 
