@@ -20,6 +20,7 @@ from hptjax.cli_options import (
     MethodsOptions,
     PlanOptions,
     SampleOptions,
+    UpgeOptions,
 )
 from hptjax.config import Config
 from hptjax.config_check import check
@@ -41,6 +42,7 @@ commands
   sample CONFIG    completions of a prompt, with the verifier's word on them
   compare CONFIG   several methods from the same base under the same budget: one table, one plot
   explain CONFIG   batch arithmetic, bytes and token weights, before anything runs
+  upge CONFIG      every row of the token table on one recorded batch: norm, direction, variance, weights, bias
   plan CONFIG      bytes, FLOPs, collectives and time on a TPU that need not be there, and whether it fits
   methods [NAME]   the table of the methods; of one: formula, source, needs and a config that trains it (--toml)
   audit TARGET     whether a trainer, yours or another, adds up every micro-batch; names those it does not
@@ -170,6 +172,26 @@ def command_explain(arguments: list[str]) -> int:
     return 0
 
 
+def command_upge(arguments: list[str]) -> int:
+    """Measures every row of the token table on one recorded batch."""
+    options = parse("upge", arguments, lambda config: UpgeOptions(config=config))
+    check(options.config)
+    _refuse_processes("upge", options.config)
+    _expect_writable(options.json)
+    from hptjax.upge.command import upge_command
+
+    return upge_command(
+        options.config,
+        batch=options.batch,
+        checkpoint=options.checkpoint,
+        sampler=options.sampler,
+        questions=options.questions,
+        draws=options.draws,
+        json=options.json,
+        plot=options.plot,
+    )
+
+
 def command_plan(arguments: list[str]) -> int:
     """Plans a config on absent TPUs; status 1 where it does not fit."""
     options = parse("plan", as_switch(arguments, "--search"), lambda config: PlanOptions(config=config))
@@ -292,6 +314,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": command_compare,
     "explain": command_explain,
     "plan": command_plan,
+    "upge": command_upge,
     "methods": command_methods,
     "audit": command_audit,
     "doctor": command_doctor,

@@ -98,6 +98,20 @@ class PlanOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class UpgeOptions:
+    """What every row of the token table does on one recorded batch, and on a toy where the truth is known."""
+
+    batch: pathlib.Path = pathlib.Path("upge_batch.json")  # recorded rollouts; sampled and written if there is no file
+    checkpoint: Checkpoint = "last"  # weights at which the gradients are taken
+    sampler: Checkpoint = "base"  # weights that sample a new batch
+    questions: int = 32  # of a new batch
+    draws: int = 8  # groups of each question in a new batch
+    json: pathlib.Path | None = None  # also write everything there
+    plot: pathlib.Path | None = None  # bias on the toy against variance on the batch, as a PNG
+    config: ConfigFields = dataclasses.field(default_factory=Config)
+
+
+@dataclasses.dataclass(frozen=True)
 class MethodsOptions:
     """What the methods are: the table, or one of them in full."""
 
