@@ -228,7 +228,7 @@ def scored(made, stage, micro_batches, params=None):
     """The micro-batches with the stage's own score pass at these parameters."""
     params = made.policy.params if params is None else params
     return [
-        dataclasses.replace(put(micro_batch), rollout_logprobs=stage.score(params, put(micro_batch)))
+        dataclasses.replace(put(micro_batch), **stage.score({"policy": params}, put(micro_batch)))
         for micro_batch in micro_batches
     ]
 
@@ -641,9 +641,10 @@ def test_second_update_is_clipped_by_the_ratio_to_the_score_pass(made, by_hand):
     assert 0 < len(second) < len(seen)
     clipped = log_ratios = tokens = 0.0
     for params, batch in seen:
-        sampling = np.asarray(stage.score(made.policy.params, put(batch)))
+        sampling = np.asarray(stage.score({"policy": made.policy.params}, put(batch))["rollout_logprobs"])
         assert np.array_equal(batch.rollout_logprobs, sampling)  # also in the second update
-        log_ratio = np.asarray(stage.score(params, put(batch)), np.float64) - sampling
+        now = stage.score({"policy": params}, put(batch))["rollout_logprobs"]
+        log_ratio = np.asarray(now, np.float64) - sampling
         rl = batch.planes["rl"]
         counted = rl.weights > 0
         out = ((rl.advantages > 0) & (log_ratio > math.log(1 + CLIP))) | (

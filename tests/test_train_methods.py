@@ -56,7 +56,7 @@ def other_model(folder):
 
 
 MODELS = {"kdrl": "teacher", **{f"pear_{kind}": "demonstration_author" for kind in ("token", "block", "sequence")}}
-QUICK = (
+QUICK = ("dpo", "hpt_off_band", "luffy", "srft")  # the others: make test-full
     "gspo",
     "dpo",
     "pear_block",

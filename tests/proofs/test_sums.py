@@ -207,6 +207,7 @@ def unpacked(update, segments):
             sample_hash=np.pad(batch.sample_hash, (*room, (0, 0))),
             source=np.pad(batch.source, room, constant_values=-1),
             pair_ids=np.pad(batch.pair_ids, room),
+            first_written=np.pad(batch.first_written, room),
         )
 
     return [widened(batch) for batch in update.micro_batches]
