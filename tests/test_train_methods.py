@@ -57,17 +57,6 @@ def other_model(folder):
 
 MODELS = {"kdrl": "teacher", **{f"pear_{kind}": "demonstration_author" for kind in ("token", "block", "sequence")}}
 QUICK = ("dpo", "hpt_off_band", "luffy", "srft")  # the others: make test-full
-    "gspo",
-    "dpo",
-    "pear_block",
-    "hpt_off_band",
-    "hpt_soft",
-    "luffy",
-    "srft",
-    "kdrl",
-    "trapo",
-    "prefix_rft",
-)  # others: make test-full
 
 
 MICRO_GROUPS = (MicroGroupRow(2, 0.0, -1.0), MicroGroupRow(1, 0.5, 0.9), MicroGroupRow(1, 1.0, 1.1))
