@@ -36,7 +36,11 @@ SPREAD = {
 }
 MESHES = {"1x1": ONE, **SPREAD}
 on_meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
-on_eight = pytest.mark.parametrize("mesh", SPREAD.values(), ids=SPREAD.keys())
+SLOW = ("slices",)
+on_eight = pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(mesh, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, mesh in SPREAD.items()],
+)
 SHAPE = ShapeConfig(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=32)
 UNIT_ROUNDOFF = 2.0**-24
 LEARNING_RATE = 1e-3
