@@ -7,6 +7,7 @@ import traceback
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 CRASHED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+LINE = 300  # characters of another library's error in a message of ours
 INPUT_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
 
 
@@ -31,3 +32,9 @@ def exit_status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return BAD_INPUT if isinstance(error, INPUT_ERRORS) and raised_here(error) else CRASHED
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; of a long one its start and its end, where the reason often stands."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= LINE else f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from hptjax.config import Config, resolved
-from hptjax.plan.topology import first_line
+from hptjax.errors import first_line
 from hptjax.plan.traffic import Moved, traffic
 from hptjax.rundir import environment
 

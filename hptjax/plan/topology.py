@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from hptjax.build.mesh import build_mesh
 from hptjax.config import Config, MeshConfig
 from hptjax.config_batch import MESH_AXES, mesh_devices, mesh_words
+from hptjax.errors import first_line
 from hptjax.plan.chips import Slices
 
 
@@ -42,11 +43,6 @@ def compile_only_devices(slices: Slices) -> list[Any]:
             "choose another --topology"
         )
     return list(found.devices)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def with_mesh(config: Config, sizes: MeshConfig) -> Config:

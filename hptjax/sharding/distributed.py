@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from hptjax.errors import BAD_INPUT
+from hptjax.errors import BAD_INPUT, first_line
 
 HEARTBEAT_MARGIN_S = 60  # jax's own heartbeats end a process without names; hptjax's watchdog must come first
 SLURM_FIELDS = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -66,7 +66,7 @@ def initialize(
             jax.distributed.initialize(**options)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"expected to join the other processes by distributed.mode = '{mode}', got: {_first_line(error)}; "
+            f"expected to join the other processes by distributed.mode = '{mode}', got: {first_line(error)}; "
             f"{_HINTS[mode]}"
         ) from error
 
@@ -192,7 +192,3 @@ def slurm_local_devices(environment: Mapping[str, str]) -> list[int] | None:
     each = visible // tasks
     place = int(environment["SLURM_LOCALID"])
     return list(range(place * each, (place + 1) * each))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

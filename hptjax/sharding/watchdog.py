@@ -6,8 +6,8 @@ Inside `shared_fate` a thread of each process tells the others once a second whe
 - where another says nothing for a minute (or the limit, if that is shorter), as a killed or stopped process does,
 - where this one has waited for the limit and another has not moved for as long.
 
-A second thread ends it where process 0, which holds what they tell each other, does not answer for a minute (or the
-limit): the first one is then stuck in a question to it.
+A second thread, in all but process 0, ends it where process 0, which holds what they tell each other, does not answer
+for a minute (or the limit): the first one is then stuck in a question to it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hptjax.sharding.peers import (
     BEAT_S,
     HERE,
     failure,
+    is_first,
     key,
     missing,
     others,
@@ -59,7 +60,8 @@ def shared_fate(timeout_s: float) -> Iterator[None]:
     answered = [time.monotonic()]
     thread = threading.Thread(target=_watch, args=(over, answered), name="hptjax-watchdog", daemon=True)
     thread.start()
-    threading.Thread(target=_watch_store, args=(over, answered), name="hptjax-store", daemon=True).start()
+    if not is_first():  # process 0 holds the store, and stays with it until the others have gone
+        threading.Thread(target=_watch_store, args=(over, answered), name="hptjax-store", daemon=True).start()
     try:
         yield
     except SystemExit:  # a clean stop, which all have agreed on
@@ -89,7 +91,7 @@ def leave(status: int) -> None:
         store().key_value_set(key("left", jax.process_index()), "")
         end = time.monotonic() + GRACE_S + 5 * BEAT_S
         seen, heard = places(), dict.fromkeys(others(), time.monotonic())
-        while jax.process_index() == 0 and time.monotonic() < end:
+        while is_first() and time.monotonic() < end:
             left = {int(name.rpartition("/")[2]) for name, _ in store().key_value_dir_get(key("left", ""))}
             now = places()
             heard |= {other: time.monotonic() for other in others() if now.get(other) != seen.get(other)}

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from hptjax.errors import first_line
 from hptjax.sharding.peers import several, waiting
 from hptjax.train.checkpoint_content import (
     as_json,
@@ -34,7 +35,6 @@ from hptjax.train.checkpoint_content import (
     describe,
     differences,
     empty,
-    first_line,
     is_key,
     named_leaves,
     pack_arrays,
@@ -287,7 +287,9 @@ class Checkpoints:
             del self.retention.metrics[ordinal]
         last = max(present, default=None)
         kept = "there is no earlier one" if last is None else f"the last good one is {last}"
-        return CheckpointFailed(f"a checkpoint could not be written to {self.folder} ({kept}): {first_line(error)}")
+        return CheckpointFailed(
+            f"a checkpoint could not be written to {self.folder} ({kept}): {type(error).__name__}: {first_line(error)}"
+        )
 
 
 def open_checkpoints(

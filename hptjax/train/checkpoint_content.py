@@ -156,9 +156,3 @@ def refuse(found: Sequence[str], where: str, what: str) -> None:
             f"{where} is of another {what} ({'; '.join(found[:SHOWN_DIFFERENCES])}{more}). "
             "Change these fields back, or choose another run folder by `name`"
         )
-
-
-def first_line(error: BaseException) -> str:
-    """An error as one line of at most 300 characters."""
-    text = str(error).strip() or type(error).__name__
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
