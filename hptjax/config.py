@@ -248,12 +248,14 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompareArm:
-    """One arm of `hptjax compare`."""
+    """One arm of `hptjax compare`; of several learning rates and shares the best on validation questions is taken."""
 
     name: str
     method: MethodName
     gate: int | None = None  # None: hpt.gate
-    sft_share: tuple[float, ...] = ()  # SFT steps before the method's, as a share of them; the best of several is taken
+    learning_rate: tuple[float, ...] = ()  # of the method's own steps; none: optimizer.learning_rate
+    sft_share: tuple[float, ...] = ()  # SFT steps before the method's, as a share of them
+    sft_learning_rate: float | None = None  # of these steps; None: as the method's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -363,5 +363,8 @@ def _check_compare(config: Config) -> None:
             _refuse("an arm's name of letters, digits, '.' and '_'", repr(arm.name), "compare.arms")
         if arm.gate is not None and not -1 <= arm.gate <= group_size:
             _refuse(f"a gate in -1..{group_size} for arm {arm.name}", f"{arm.gate}", "compare.arms")
+        rates = [*arm.learning_rate, *([] if arm.sft_learning_rate is None else [arm.sft_learning_rate])]
+        if any(not 0 < rate < math.inf for rate in rates):
+            _refuse(f"learning rates above 0 for arm {arm.name}", f"{rates}", "compare.arms")
         if any(not 0 < share <= 10 for share in arm.sft_share):
             _refuse(f"an sft_share in (0, 10] for arm {arm.name}", f"{list(arm.sft_share)}", "compare.arms")

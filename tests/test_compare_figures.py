@@ -84,16 +84,23 @@ def test_compare_takes_arms_of_the_config_and_methods_by_name(tmp_path):
 
 
 @pytest.mark.slow
-def test_compare_tunes_the_share_of_sft_on_validation_questions(tmp_path, monkeypatch):
+def test_compare_tunes_the_learning_rate_and_the_share_of_sft_on_validation_questions(tmp_path, monkeypatch):
     monkeypatch.setattr(build_parts, "build_judge", tiny.hash_judge)
     config = changed(tiny.tiny_config(tmp_path), train__steps=2, checkpoint__every_steps=50)
-    arms = (CompareArm("hpt", "hpt"), CompareArm("both", "dr_grpo", sft_share=(0.5, 1.0)))
+    arms = (
+        CompareArm("hpt", "hpt"),
+        CompareArm("both", "dr_grpo", learning_rate=(2e-3, 1e-3), sft_share=(0.5, 1.0), sft_learning_rate=5e-4),
+    )
     config = dataclasses.replace(config, compare=CompareConfig(arms=arms, seeds=1))
     report = compare.compare(config)
     root = tmp_path / "runs" / "tiny-compare"
     tuning = json.loads((root / "tuning.json").read_text())["both"]
     best = max(tuning["found"].values())
-    assert tuning["found"][f"{tuning['chosen']:g}"] == best
-    assert report["sft_share"] == {"both": tuning["chosen"]}
-    stages = json.loads((root / "both-seed0" / "config.json").read_text())["stages"]
-    assert [stage["steps"] for stage in stages] == [round(2 * tuning["chosen"])]
+    assert set(tuning["found"]) == {f"lr{rate:g}-sft{share:g}" for rate in (1e-3, 2e-3) for share in (0.5, 1.0)}
+    assert tuning["found"][tuning["chosen"]] == best
+    chosen = report["tuned"]["both"]
+    assert tuning["chosen"] == f"lr{chosen['learning_rate']:g}-sft{chosen['sft_share']:g}"
+    made = json.loads((root / "both-seed0" / "config.json").read_text())
+    assert made["optimizer"]["learning_rate"] == chosen["learning_rate"]
+    assert [stage["steps"] for stage in made["stages"]] == [round(2 * chosen["sft_share"])]
+    assert [stage["learning_rate"] for stage in made["stages"]] == [5e-4]

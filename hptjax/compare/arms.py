@@ -26,6 +26,26 @@ class Budget:
     sft_step: dict[str, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is tuned of an arm: the learning rate of its method, and the share of SFT steps before it."""
+
+    learning_rate: float
+    sft_share: float = 0.0
+
+    def __str__(self) -> str:
+        return f"lr{self.learning_rate:g}" + (f"-sft{self.sft_share:g}" if self.sft_share else "")
+
+
+def choices(config: Config, arm: CompareArm) -> list[Choice]:
+    """Every choice that an arm leaves open, the gentlest first; one where it leaves none."""
+    return [
+        Choice(rate, share)
+        for rate in sorted(arm.learning_rate or (config.optimizer.learning_rate,))
+        for share in sorted(arm.sft_share or (0.0,))
+    ]
+
+
 def chosen_arms(config: Config, names: Sequence[str] | None) -> list[CompareArm]:
     """The arms by name: those of the config, any method by its own name, and sft_then_rl. None: all of the config.
 
@@ -49,13 +69,21 @@ def chosen_arms(config: Config, names: Sequence[str] | None) -> list[CompareArm]
 
 
 def arm_config(
-    config: Config, arm: CompareArm, *, seed: int, root: Path, name: str, budget: Budget | None, sft_share: float = 0.0
+    config: Config,
+    arm: CompareArm,
+    choice: Choice,
+    *,
+    seed: int,
+    root: Path,
+    name: str,
+    budget: Budget | None,
+    tuning: bool = False,
 ) -> Config:
     """The config of one run: method and stages of the arm, as long as its largest budget asks.
 
     Args
       budget: None for the first arm, which sets it.
-      sft_share: of the first arm's steps, as SFT before the method's own.
+      tuning: a run that only chooses; it measures validation questions, and test questions at its ends alone.
     """
     steps = config.train.steps
     per_step = config.train.updates_per_rollout_batch
@@ -65,9 +93,12 @@ def arm_config(
         needed |= {axis: budget.total[axis] / budget.sft_step[axis] for axis in ("tokens", "flops")}
         steps = math.ceil(max(needed.values()))
         exact |= {int(needed[axis]) for axis in ("tokens", "flops")}
-    stages = () if not sft_share else (StageConfig(method="sft", steps=max(1, round(steps * sft_share))),)
+    stages: tuple[StageConfig, ...] = ()
+    if choice.sft_share:
+        first_steps = max(1, round(steps * choice.sft_share))
+        stages = (StageConfig(method="sft", steps=first_steps, learning_rate=arm.sft_learning_rate),)
     total = steps + sum(stage.steps for stage in stages)
-    grid = {round(total * point / POINTS) for point in range(1, POINTS + 1)}
+    measured = {round(total * point / POINTS) for point in range(1, POINTS + 1)} | exact
     made = dataclasses.replace(
         config,
         name=name,
@@ -76,8 +107,15 @@ def arm_config(
         method=arm.method,
         stages=stages,
         hpt=config.hpt if arm.gate is None else dataclasses.replace(config.hpt, gate=arm.gate),
-        train=dataclasses.replace(config.train, steps=steps, eval_every=0, rollouts_every=0, probe_every=0),
-        eval=dataclasses.replace(config.eval, test_steps=tuple(sorted(grid | exact)), train_questions=0),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=choice.learning_rate),
+        train=dataclasses.replace(
+            config.train,
+            steps=steps,
+            eval_every=max(1, total // POINTS) if tuning else 0,
+            rollouts_every=0,
+            probe_every=0,
+        ),
+        eval=dataclasses.replace(config.eval, test_steps=() if tuning else tuple(sorted(measured)), train_questions=0),
         checkpoint=dataclasses.replace(config.checkpoint, export_folder=None),
         telemetry=dataclasses.replace(config.telemetry, tensorboard=False, wandb=False, progress=False),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 
 from hptjax import build
 from hptjax.build.method import build_recipe
-from hptjax.compare.arms import Budget, arm_config, budget_of, chosen_arms
+from hptjax.compare.arms import Budget, Choice, arm_config, budget_of, choices, chosen_arms
 from hptjax.compare.plots import plot
 from hptjax.compare.report import read_off
 from hptjax.compare.spent import step_within, values_at
@@ -20,7 +22,7 @@ from hptjax.config_batch import stage_list
 from hptjax.masked import mean
 from hptjax.rundir import read_json, write_json
 
-TUNING_SEED = 1_000  # added to the first seed, so that no run that counts has chosen its own split
+TUNING_SEED = 1_000  # added to the first seed, so that no run that counts has chosen its own settings
 
 
 def compare(config: Config, *, arms: Sequence[str] | None = None, seeds: int | None = None) -> dict[str, Any]:
@@ -36,23 +38,24 @@ def compare(config: Config, *, arms: Sequence[str] | None = None, seeds: int | N
     chosen, seeds = chosen_arms(config, arms), config.compare.seeds if seeds is None else seeds
     root = Path(config.runs_dir) / f"{config.name}-compare"
     for arm in chosen:  # the last arm's mistake is found before the first arm runs
-        made = arm_config(config, arm, seed=config.seed, root=root, name=arm.name, budget=None)
+        choice = choices(config, arm)[0]
+        made = arm_config(config, arm, choice, seed=config.seed, root=root, name=arm.name, budget=None)
         build_recipe(made, arm.method, made.data.questions_per_step)
     folders: dict[tuple[str, int], Path] = {}
-    shares: dict[str, float] = {}
+    tuned: dict[str, Choice] = {}
     for seed in range(config.seed, config.seed + seeds):
         budget: Budget | None = None
         for arm in chosen:
-            if arm.name not in shares:
-                shares[arm.name] = _sft_share(config, arm, root, budget)
+            if arm.name not in tuned:
+                tuned[arm.name] = _tuned(config, arm, root, budget)
             name = f"{arm.name}-seed{seed}"
             folders[arm.name, seed] = root / name
-            _train(config, arm, seed, root, name, budget, shares[arm.name])
+            _train(arm_config(config, arm, tuned[arm.name], seed=seed, root=root, name=name, budget=budget))
             if budget is None:
                 budget = budget_of(root / name, config)
     names = [arm.name for arm in chosen]
     report = read_off(folders, names, range(config.seed, config.seed + seeds), config)
-    report["sft_share"] = {name: share for name, share in shares.items() if share}
+    report["tuned"] = {name: dataclasses.asdict(choice) for name, choice in tuned.items()}
     write_json(root / "compare.json", report)
     text = as_text(report)
     (root / "table.md").write_text(text + "\n", encoding="utf-8")
@@ -61,43 +64,41 @@ def compare(config: Config, *, arms: Sequence[str] | None = None, seeds: int | N
     return report
 
 
-def _train(
-    config: Config, arm: CompareArm, seed: int, root: Path, name: str, budget: Budget | None, share: float
-) -> None:
-    made = arm_config(config, arm, seed=seed, root=root, name=name, budget=budget, sft_share=share)
-    print(
-        f"{name}: " + " then ".join(f"{stage.steps} steps of {stage.method}" for stage in stage_list(made)), flush=True
-    )
+def _train(config: Config) -> None:
+    """One run of the comparison."""
+    stages = " then ".join(f"{stage.steps} steps of {stage.method}" for stage in stage_list(config))
+    print(f"{config.name}: {stages}", flush=True)
     try:
-        summary = build.train(made, quiet=True)
+        summary = build.train(config, quiet=True)
     except SystemExit:  # asked to stop, and saved
         raise KeyboardInterrupt from None
     final = ", ".join(f"pass@{k} {100 * summary['final'][f'pass@{k}']['value']:.1f} %" for k in config.eval.ks)
     print(f"  test {final}; {summary['seconds']:.0f} s", flush=True)
 
 
-def _sft_share(config: Config, arm: CompareArm, root: Path, budget: Budget | None) -> float:
-    """The share of SFT before the arm's method: the only one it has, or the best of them on validation questions.
+def _tuned(config: Config, arm: CompareArm, root: Path, budget: Budget | None) -> Choice:
+    """The only choice that the arm leaves, or the best on validation questions.
 
     The candidates run with a seed of their own and are read where they had spent the first arm's budget on
-    `compare.axis`; `compare.metric` decides, the smaller share where two are equal. The choice is kept in tuning.json.
+    `compare.axis`, the first arm's at their end; `compare.metric` decides, the gentler one where two are equal. The
+    choice is kept in tuning.json.
     """
-    if len(arm.sft_share) <= 1:
-        return arm.sft_share[0] if arm.sft_share else 0.0
-    if budget is None:
-        raise ValueError(
-            f"expected a first arm that sets the budget, got {arm.name!r}, whose sft_share is to be tuned within it; "
-            "change the order of compare.arms."
-        )
+    candidates = choices(config, arm)
+    if len(candidates) == 1:
+        return candidates[0]
     seed, k = config.seed + TUNING_SEED, int(config.compare.metric.removeprefix("pass@"))
-    found: dict[str, float] = {}
-    for share in sorted(arm.sft_share):
-        name = f"{arm.name}-tuning-{share:g}"
-        _train(config, arm, seed, root, name, budget, share)
-        step = step_within(root / name, budget.total[config.compare.axis], config.compare.axis)
-        found[f"{share:g}"] = mean(np.asarray(values_at(root / name, step, k, "validation")))
-    best = max(sorted(arm.sft_share), key=lambda share: found[f"{share:g}"])
-    tuning = root / "tuning.json"
-    write_json(tuning, (read_json(tuning) if tuning.exists() else {}) | {arm.name: {"chosen": best, "found": found}})
-    print(f"{arm.name}: {best:g} of the steps as SFT is the best on validation questions: {found}", flush=True)
+    found: dict[Choice, float] = {}
+    for choice in candidates:
+        made = arm_config(
+            config, arm, choice, seed=seed, root=root, name=f"{arm.name}-{choice}", budget=budget, tuning=True
+        )
+        _train(made)
+        folder, axis = root / made.name, config.compare.axis
+        spent = math.inf if budget is None else budget.total[axis]
+        found[choice] = mean(np.asarray(values_at(folder, step_within(folder, spent, axis), k, "validation")))
+    best = max(candidates, key=found.__getitem__)
+    tuning, named = root / "tuning.json", {str(choice): value for choice, value in found.items()}
+    kept = read_json(tuning) if tuning.exists() else {}
+    write_json(tuning, kept | {arm.name: {"chosen": str(best), "found": named}})
+    print(f"{arm.name}: {best} is the best on validation questions: {named}", flush=True)
     return best
