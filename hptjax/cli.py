@@ -177,7 +177,8 @@ def command_upge(arguments: list[str]) -> int:
     options = parse("upge", arguments, lambda config: UpgeOptions(config=config))
     check(options.config)
     _refuse_processes("upge", options.config)
-    _expect_writable(options.json)
+    for path, flag in ((options.batch, "--batch"), (options.json, "--json"), (options.plot, "--plot")):
+        _expect_writable(path, flag)
     from hptjax.upge.command import upge_command
 
     return upge_command(
@@ -215,13 +216,13 @@ def command_plan(arguments: list[str]) -> int:
     )
 
 
-def _expect_writable(path: pathlib.Path | None) -> None:
-    """Raises ValueError where the file of `--json` cannot be written; asked before the work is done."""
+def _expect_writable(path: pathlib.Path | None, flag: str = "--json") -> None:
+    """Raises ValueError where the file of a flag cannot be written; asked before the work is done."""
     if path is None:
         return
     folder = path.resolve().parent
     if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise ValueError(f"expected the path of a file in an existing folder, got '{path}'; change --json.")
+        raise ValueError(f"expected the path of a file in an existing folder, got '{path}'; change {flag}.")
 
 
 def as_switch(arguments: list[str], option: str) -> list[str]:

@@ -49,13 +49,13 @@ def upge_command(
         raise ValueError(
             f"expected at least 1 question and 2 draws, got {questions} and {draws}; change --questions or --draws"
         )
-    toy = biases(measured_rows(options(config), PROVIDED), seeds=TOY_SEEDS, drifts=DRIFTS)
     with open_parts(config) as parts:
         if not batch.exists():
             steps = sampled(parts, load_weights(parts, sampler), parts.questions.train[:questions], draws)
             save(batch, parts, sampler, steps)
         sampled_by, steps = load(batch, parts)
         found = measure(parts, load_weights(parts, checkpoint), load_weights(parts, sampled_by), draws_of(parts, steps))
+    toy = biases(measured_rows(options(config), PROVIDED), seeds=TOY_SEEDS, drifts=DRIFTS)
     report = {
         "batch": {"sampler": sampled_by, "questions": len(steps[0].questions), "draws": len(steps)},
         "checkpoint": checkpoint,
