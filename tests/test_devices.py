@@ -36,7 +36,7 @@ SPREAD = {
 }
 MESHES = {"1x1": ONE, **SPREAD}
 on_meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
-SLOW = ("slices",)
+SLOW = ("8x1", "4x2", "slices")
 on_eight = pytest.mark.parametrize(
     "mesh",
     [pytest.param(mesh, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, mesh in SPREAD.items()],

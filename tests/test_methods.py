@@ -58,12 +58,12 @@ def default(parts, samples):
     [
         {"rl_estimator": "grpo", "clip_low": 0.2, "clip_high": 0.28},
         {"rl_estimator": "reinforce"},
-        {"rl_estimator": "ppo", "clip_low": 0.2, "clip_high": 0.2},
+        pytest.param({"rl_estimator": "ppo", "clip_low": 0.2, "clip_high": 0.2}, marks=pytest.mark.slow),
         {"preset": "official"},
         {"preset": "paper"},
         {"preset": "separate"},
         {"preset": "joint"},
-        {"entropy_coefficient": 0.001},
+        pytest.param({"entropy_coefficient": 0.001}, marks=pytest.mark.slow),
         {"entropy_coefficient": 0.01, "entropy_on_demonstrations": False},
     ],
     ids=lambda hpt: "-".join(map(str, hpt.values())),
@@ -79,7 +79,7 @@ def test_method_clip_changes_nothing_at_ratio_one(parts, samples, default):
     assert np.array_equal(gradient(parts, samples, clip_low=0.2, clip_high=0.2)[0], default)
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("estimator", [pytest.param("k2", marks=pytest.mark.slow), "k3"])
 def test_method_kl_to_the_starting_model_has_no_gradient_there(parts, samples, default, estimator):
     got, state = gradient(parts, samples, kl_coefficient=0.5, kl_estimator=estimator)
     assert np.linalg.norm(got - default) <= 1e-5 * np.linalg.norm(default)

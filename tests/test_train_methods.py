@@ -87,6 +87,7 @@ def test_method_trains(folder, other_model, name):
     assert any(row["actor/grad_norm"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_relift_trains_demonstrations_of_failed_questions_with_a_second_optimizer(folder, other_model):
     """Updates of two demonstrations each come whenever two failed questions wait; the newest leave first."""
     config = config_of(folder, "relift", other_model)

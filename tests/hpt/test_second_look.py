@@ -241,6 +241,7 @@ def finished(config, monkeypatch, *, stop=lambda progress: False):
     return ends[0]
 
 
+@pytest.mark.slow
 def test_run_stopped_between_second_look_and_update_ends_with_the_same_bits(everything, tmp_path, monkeypatch):
     """Stopped inside the second update of step 2, when the weights have moved since the scores were made."""
     config, stages = everything

@@ -28,8 +28,7 @@ from hptjax.train.step import make_micro_step
 from hptjax.types import MicroBatch
 from tests import recorded, tiny, toys
 
-DEVICES_EACH = 4
-MESHES = [(8, 1), (4, 2)]  # data x tensor; both processes hold four of the eight devices
+DEVICES_EACH = 4  # of a mesh of eight
 ROWS = 24  # of every toy micro-batch: three for each of eight data shards
 SHAPE = ShapeConfig(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=32)
 UPDATES = {"hpt": (8, 8), "sft": (36, 0), "grpo": (0, 12)}  # questions gated to a demonstration, and rolled out
@@ -165,18 +164,15 @@ def decoder_results(policy, stage, updates: Mapping[str, tuple[int, int]]) -> Ar
     return found | {"held out": np.asarray([loss.nll_sum, loss.tokens], np.float64)}
 
 
-def main(port: str, index: int, folder: Path) -> None:
-    """Everything, on every mesh, written to `folder`/process_<index>.npz."""
+def main(mesh: str, port: str, index: int, folder: Path) -> None:
+    """Everything, on a mesh of `data`x`tensor`, written to `folder`/process_<index>.npz."""
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
     if (jax.process_count(), jax.device_count(), jax.local_device_count()) != (2, 2 * DEVICES_EACH, DEVICES_EACH):
         raise RuntimeError(f"expected two processes of {DEVICES_EACH} devices, got {jax.devices()}")
-    found = {}
-    for data, tensor in MESHES:
-        policy, stage = decoder_parts(folder, data, tensor)
-        results = toy_results(data, tensor) | decoder_results(policy, stage, UPDATES)
-        found |= {f"{data}x{tensor}/{name}": array for name, array in results.items()}
+    data, tensor = map(int, mesh.split("x"))
+    found = toy_results(data, tensor) | decoder_results(*decoder_parts(folder, data, tensor), UPDATES)
     np.savez(folder / f"process_{index}.npz", **found)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
