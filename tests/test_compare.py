@@ -10,6 +10,7 @@ import pytest
 
 import hptjax.build.parts as build_parts
 from hptjax import build, compare
+from hptjax.compare.__main__ import main, recomputed
 from hptjax.compare.spent import AXES
 from hptjax.train.jsonl import read_rows
 from tests import tiny
@@ -78,9 +79,11 @@ def test_compare_continued_runs_nothing_twice(compared):
 
 def test_compare_table_has_every_arm_on_every_axis(compared):
     table = (compared.root / "table.md").read_text()
-    said, budgets, questions = table.split("\n\n", 2)
+    said, settings, budgets, questions = table.split("\n\n", 3)
     assert said.splitlines()[0].startswith("Said before the runs: pass@1 at equal flops, minus hpt, over 1 seeds")
     assert [line.split(":")[0] for line in said.splitlines()[1:]] == [f"- {arm}" for arm in ARMS[1:]]
+    assert settings.startswith("Learning rates (SFT before it as a share of the arm's steps): hpt 0.001, sft 0.001, ")
+    assert "sft_then_rl 0.001 after SFT of 0.5. 4 runs, " in settings
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in budgets.splitlines()[2:]]
     assert rows == [["-", "base"]] + [[axis, arm] for axis in AXES for arm in ARMS]
     assert len({line.count("|") for line in budgets.splitlines()}) == 1
@@ -136,3 +139,14 @@ def test_compare_arms_differ_in_method_only(compared):
 def test_compare_refuses_an_unknown_arm(tmp_path):
     with pytest.raises(ValueError, match=r"got ddpo; change --arms"):
         compare.compare(tiny.tiny_config(tmp_path), arms=("hpt", "ddpo"), seeds=1)
+
+
+def test_compare_tables_are_recomputed_from_the_counts_of_the_runs(compared, capsys):
+    """From the folder with everything read anew; from the JSON alone as it is written there."""
+    assert recomputed(compared.root) == compared.report
+    table = (compared.root / "table.md").read_text()
+    for path in (compared.root, compared.root / "compare.json"):
+        assert main([str(path)]) == 0
+        assert capsys.readouterr().out == table
+    assert main([str(compared.root / "nothing")]) == 2
+    assert "expected the folder of a comparison" in capsys.readouterr().err

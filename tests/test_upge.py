@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -64,3 +66,25 @@ def test_drift_biases_what_does_not_correct_for_it_and_clips_mask():
     assert bias_of(ROWS["grpo"], drifted).masked_frac > 0.05
     assert bias_of(ROWS["cispo"], drifted).masked_frac == 0.0
     assert bias_of(ROWS["dft"], drifted).bias > bias_of(ROWS["sft"], drifted).bias
+
+
+def test_table_of_the_results_page_is_that_of_its_json(repository):
+    """Every cell of the page, to its last digit."""
+    report = json.loads((repository / "docs" / "upge-quickstart.json").read_text())
+    lines = (repository / "docs" / "results.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| row | norm | cos SFT"))
+    rows = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[name] = cells
+    assert set(rows) == set(report["rows"])
+    for name, row in report["rows"].items():
+        toy = report["toy"].get(name)
+        told = [row["grad_norm"], row["cos_sft"], row["cos_rl"], row["relative_variance"], row["masked_frac"]]
+        told += [row["weights"]["1"], *(toy[drift]["bias"] for drift in ("0", "0.3", "1"))] if toy else [None] * 4
+        for cell, value in zip(rows[name], told, strict=True):
+            if value is not None:
+                scale = 100 if cell.endswith("%") else 1
+                assert float(cell.rstrip(" %")) == pytest.approx(scale * value, rel=6e-3, abs=0.051 / 100 * scale)

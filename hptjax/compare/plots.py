@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hptjax.build.evaluation import read_counts
+from hptjax.compare.report import folders_of
 from hptjax.compare.spent import AXES, evaluated_steps, read_spent
 from hptjax.diagnostics.passk import pass_at_k
 from hptjax.masked import mean
 
 
-def plot(folders: Mapping[tuple[str, int], Path], arms: Sequence[str], ks: Sequence[int], path: Path) -> None:
+def plot(root: Path, report: Mapping[str, Any], path: Path) -> None:
     """pass@k for the smallest and the largest k against each budget, one thin line per seed, the arm's colour shared.
 
     The last column is the curve over all k after each run's last step.
@@ -21,6 +23,8 @@ def plot(folders: Mapping[tuple[str, int], Path], arms: Sequence[str], ks: Seque
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    ks, arms = report["ks"], list(report["questions"])
+    folders = folders_of(root, arms, report["seeds"])
     shown = sorted({ks[0], ks[-1]})
     figure = Figure(figsize=(4.2 * (len(AXES) + 1), 3.2 * len(shown)))
     axes = figure.subplots(len(shown), len(AXES) + 1, squeeze=False)

@@ -20,17 +20,29 @@ from hptjax.compare.spent import (
     values_at,
 )
 from hptjax.compare.transitions import exclusive, forgetting, transitions
-from hptjax.config import Config
 from hptjax.diagnostics.intervals import estimate_mean, two_level_difference
 from hptjax.diagnostics.passk import pass_at_k
 from hptjax.masked import mean, ratio
+from hptjax.rundir import read_json
 
 Folders = Mapping[tuple[str, int], Path]
+REPORT = "compare.json"  # of a comparison, in its folder
 
 
-def read_off(folders: Folders, arms: Sequence[str], seeds: Sequence[int], config: Config) -> dict[str, Any]:
-    """Every arm's pass@k within each budget, each seed's value, the difference to the first arm, and what was lost."""
-    ks, first = config.eval.ks, arms[0]
+def folders_of(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[tuple[str, int], Path]:
+    """Where each run that counts lies."""
+    return {(arm, seed): root / f"{arm}-seed{seed}" for seed in seeds for arm in arms}
+
+
+def read_off(
+    root: Path, arms: Sequence[str], seeds: Sequence[int], *, ks: Sequence[int], metric: str, axis: str
+) -> dict[str, Any]:
+    """Every arm's pass@k within each budget, each seed's value, the difference to the first arm, and what was lost.
+
+    Args
+      arms: the first one set the budgets. metric, axis: the figure and the budget that count, said before the runs.
+    """
+    folders, first, counts_by = folders_of(root, arms, seeds), arms[0], {"metric": metric, "axis": axis}
     totals = {seed: read_spent(folders[first, seed]).total() for seed in seeds}
     steps = {
         axis: {arm: [step_within(folders[arm, seed], totals[seed][axis], axis) for seed in seeds] for arm in arms}
@@ -58,14 +70,20 @@ def read_off(folders: Folders, arms: Sequence[str], seeds: Sequence[int], config
         "first_arm": first,
         "seeds": list(seeds),
         "ks": list(ks),
-        "counts_by": {"metric": config.compare.metric, "axis": config.compare.axis},
+        "counts_by": counts_by,
         "base": {
             f"pass@{k}": dataclasses.asdict(estimate_mean(pass_at_k(counts, samples, k), samples=samples)) for k in ks
         },
         "figures": figures,
+        "seconds": {f"{arm}-seed{seed}": _seconds(folder) for (arm, seed), folder in folders.items()},
         "spent": {f"{arm}-seed{seed}": read_spent(folder).total() for (arm, seed), folder in folders.items()},
-        "questions": _questions(folders, arms, seeds, steps[config.compare.axis]),
+        "questions": _questions(folders, arms, seeds, steps[counts_by["axis"]]),
     }
+
+
+def _seconds(folder: Path) -> float:
+    """The wall time of a run, s."""
+    return float(read_json(folder / "summary.json")["seconds"])
 
 
 def _figure(values: np.ndarray, first: np.ndarray, samples: int) -> dict[str, Any]:

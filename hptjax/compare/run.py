@@ -14,7 +14,7 @@ from hptjax import build
 from hptjax.build.method import build_recipe
 from hptjax.compare.arms import Budget, Choice, arm_config, budget_of, choices, chosen_arms
 from hptjax.compare.plots import plot
-from hptjax.compare.report import read_off
+from hptjax.compare.report import REPORT, read_off
 from hptjax.compare.spent import step_within, values_at
 from hptjax.compare.text import as_text
 from hptjax.config import CompareArm, Config
@@ -41,7 +41,6 @@ def compare(config: Config, *, arms: Sequence[str] | None = None, seeds: int | N
         choice = choices(config, arm)[0]
         made = arm_config(config, arm, choice, seed=config.seed, root=root, name=arm.name, budget=None)
         build_recipe(made, arm.method, made.data.questions_per_step)
-    folders: dict[tuple[str, int], Path] = {}
     tuned: dict[str, Choice] = {}
     for seed in range(config.seed, config.seed + seeds):
         budget: Budget | None = None
@@ -49,17 +48,22 @@ def compare(config: Config, *, arms: Sequence[str] | None = None, seeds: int | N
             if arm.name not in tuned:
                 tuned[arm.name] = _tuned(config, arm, root, budget)
             name = f"{arm.name}-seed{seed}"
-            folders[arm.name, seed] = root / name
             _train(arm_config(config, arm, tuned[arm.name], seed=seed, root=root, name=name, budget=budget))
             if budget is None:
                 budget = budget_of(root / name, config)
-    names = [arm.name for arm in chosen]
-    report = read_off(folders, names, range(config.seed, config.seed + seeds), config)
+    report = read_off(
+        root,
+        [arm.name for arm in chosen],
+        range(config.seed, config.seed + seeds),
+        ks=config.eval.ks,
+        metric=config.compare.metric,
+        axis=config.compare.axis,
+    )
     report["tuned"] = {name: dataclasses.asdict(choice) for name, choice in tuned.items()}
-    write_json(root / "compare.json", report)
+    write_json(root / REPORT, report)
     text = as_text(report)
     (root / "table.md").write_text(text + "\n", encoding="utf-8")
-    plot(folders, names, config.eval.ks, root / "plot.png")
+    plot(root, report, root / "plot.png")
     print(f"{text}\n\ntables, figures and plot: {root}")
     return report
 

@@ -12,7 +12,7 @@ from hptjax.masked import mean
 
 def as_text(report: dict[str, Any]) -> str:
     """The whole report."""
-    return "\n\n".join([headline(report), as_table(report), question_table(report)])
+    return "\n\n".join([headline(report), settings(report), as_table(report), question_table(report)])
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -26,6 +26,20 @@ def headline(report: dict[str, Any]) -> str:
             verdict = "above" if low > 0 else "below" if high < 0 else "no difference seen"
             lines.append(f"- {arm}: {interval(figure['minus_first'], low, high, sign=True)} points, {verdict}")
     return "\n".join(lines)
+
+
+def settings(report: dict[str, Any]) -> str:
+    """With what every arm ran, and how long."""
+    arms = [
+        f"{arm} {choice['learning_rate']:g}" + (f" after SFT of {choice['sft_share']:g}" * bool(choice["sft_share"]))
+        for arm, choice in report["tuned"].items()
+    ]
+    seconds = np.asarray(list(report["seconds"].values()))
+    return (
+        f"Learning rates (SFT before it as a share of the arm's steps): {', '.join(arms)}. {seconds.size} runs, "
+        f"{np.median(seconds):.0f} s in the middle and {seconds.max():.0f} s at the most, {seconds.sum() / 60:.0f} "
+        "minutes together."
+    )
 
 
 def as_table(report: dict[str, Any]) -> str:

@@ -147,14 +147,14 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     shown = _points(report, drift)
     figure = Figure(figsize=(7, 5))
     axes = figure.subplots()
-    for place, (name, bias, variance) in enumerate(shown):
-        axes.scatter([bias], [variance], color=f"C{place % 10}", s=25)
-        axes.annotate(name, (bias, variance), textcoords="offset points", xytext=(4, 3), fontsize=7)
+    for place, (name, bias, variance) in enumerate(shown, 1):
+        axes.scatter([bias], [variance], marker=f"${place}$", color=f"C{place % 10}", s=50, label=name)
     axes.set(
         xlabel=f"bias of the direction, toy at drift {drift}, by enumeration",
         ylabel="variance over resampled groups / norm^2, measured",
         yscale="symlog",
     )
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

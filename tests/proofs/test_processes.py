@@ -1,6 +1,6 @@
 """One mesh over two real processes: the same integers bit for bit, the same decoder within the bound (spec T14, T32).
 
-Both processes are started once per mesh, on one port of this machine; `two_processes.py` says what each of them computes.
+Both processes are started once per mesh, on one port of this machine; `two_processes.py` says what each computes.
 """
 
 from __future__ import annotations
