@@ -38,6 +38,7 @@ def shortened(config, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", all_names())
 def test_method_trains_five_steps_of_the_quickstart(name, tmp_path, monkeypatch):
+    """All names in one process."""
     monkeypatch.chdir(ROOT)  # the example names folders from the repository's root
     path = tmp_path / f"{name}.toml"
     path.write_text(toml(name))

@@ -8,6 +8,7 @@ import typing
 import numpy as np
 import pytest
 
+from hptjax.build import stages
 from hptjax.build.method import REMEDY, build_recipe, met_needs, options
 from hptjax.build.policy import build_policy
 from hptjax.config_methods import (
@@ -23,6 +24,7 @@ from hptjax.hpt.methods import METHODS, ROLLOUT_ROWS
 from hptjax.models.folder import save_folder
 from hptjax.sharding.host import to_host
 from hptjax.train.jsonl import read_rows
+from hptjax.train.state import jit_step
 from tests import tiny
 
 NAMES = typing.get_args(MethodName)
@@ -78,9 +80,17 @@ def config_of(folder, name, other_model, **changes):
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
-def test_method_trains(folder, other_model, name):
+def test_method_trains_and_compiles_the_train_step_once(folder, other_model, name, monkeypatch):
+    steps = []
+
+    def noted(step, places):
+        steps.append(jit_step(step, places))
+        return steps[-1]
+
+    monkeypatch.setattr(stages, "jit_step", noted)
     config = config_of(folder, name, other_model)
     tiny.train(config)
+    assert [step.__wrapped__._cache_size() for step in steps] == [1]
     rows = [row for row in read_rows(folder / "runs" / name / "metrics.jsonl") if "witness/ok" in row]
     assert len(rows) == 3
     assert all(row["witness/ok"] == 1 for row in rows)
