@@ -71,13 +71,13 @@ def build_recipe(config: Config, name: MethodName, questions_per_step: int) -> R
     method = METHODS[name](options(config))
     parts = (*(_with_choices(part, config) for part in method.parts if part.name != "kl"), *_beside(config, method))
     method = dataclasses.replace(method, parts=parts)
-    needs = all_needs(method) | (frozenset({Need.REFERENCE_LOGPROBS}) if hpt.kl_in == "reward" else frozenset())
+    penalty = hpt.kl_coefficient or 0.0 if hpt.kl_in == "reward" and _has_rl(method) else 0.0
+    needs = all_needs(method) | (frozenset({Need.REFERENCE_LOGPROBS}) if penalty else frozenset())
     check_needs(config, name, needs)
     rows = [part.row for part in parts if isinstance(part.row, Estimator)]
     scores = config.train.updates_per_rollout_batch > 1 and any(row.reads_rollout_logprobs for row in rows)
     together = ROLLOUTS | DEMONSTRATIONS if hpt.preset == "joint" else None
     shares = {part.name: _reducer(part, config, questions_per_step) for part in parts}
-    penalty = hpt.kl_coefficient or 0.0 if hpt.kl_in == "reward" else 0.0
 
     refinements = _refinements(method, hpt)
     control = None
@@ -111,7 +111,7 @@ def build_recipe(config: Config, name: MethodName, questions_per_step: int) -> R
     return Recipe(
         method=method,
         terms=terms,
-        token_losses={part.name: _token_loss(part, scores, penalty if part.kind == "rl" else 0.0) for part in parts},
+        token_losses={part.name: _token_loss(part, scores, penalty if part.name == "rl" else 0.0) for part in parts},
         scores=scores,
         looks=frozenset(name for name, wanted in looks.items() if wanted),
         refine=in_turn(refinements) if refinements else None,
@@ -244,6 +244,7 @@ def _token_loss(part: Part, scored: bool, reward_penalty: float) -> TokenLoss:
 
     Args
       reward_penalty: beta of a KL in the reward: the advantage of a token loses beta x (logp - reference_logprobs).
+        Of the part `rl` alone, as where the KL is a loss: nothing else was sampled from the policy.
     """
     row = part.row
     if isinstance(row, Regression):

@@ -9,6 +9,9 @@ from hptjax.losses.estimator import Estimator, Need
 from hptjax.losses.stability import dual_clip, everywhere, two_sided_clip
 from hptjax.losses.weights import masked_is, sequence_tis, token_tis
 
+PPO_WIDTHS = (0.2, 0.2)
+PUBLISHED_WIDTHS = {"dapo": (0.2, 0.28)}  # of the rows whose clip is wider than PPO's
+
 
 def chosen_row(row: Estimator, hpt: HptConfig) -> Estimator:
     """The row of the rollouts, with the clip and the sampler correction of the config.
@@ -21,7 +24,8 @@ def chosen_row(row: Estimator, hpt: HptConfig) -> Estimator:
                 f"expected a row with PPO's clip for hpt.clip_kind {hpt.clip_kind!r}, got {row.name!r}, which has "
                 "none; change hpt.clip_kind to 'row', or the method"
             )
-        low, high = 0.2 if hpt.clip_low is None else hpt.clip_low, 0.2 if hpt.clip_high is None else hpt.clip_high
+        low, high = PUBLISHED_WIDTHS.get(row.name, PPO_WIDTHS)
+        low, high = low if hpt.clip_low is None else hpt.clip_low, high if hpt.clip_high is None else hpt.clip_high
         make = dual_clip if hpt.clip_kind == "dual" else two_sided_clip
         row = dataclasses.replace(row, stability_mask=make(low, high, hpt.clip_bound))
     if hpt.sampler_correction == "none":

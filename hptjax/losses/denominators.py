@@ -138,6 +138,8 @@ def clipped_geometric(log_low: float, log_high: float) -> TokenFn:
 
         d_t = log ratio      clipped = A > 0: min(d_t, log_high)   A < 0: max(d_t, -log_low)
 
+    A token whose advantage was taken away (`hpt.top_entropy`) counts by the sign of its sequence.
+
     Args
       log_low, log_high: half-widths in log ratio; 0.4 each in GMPO.
     Raises one of them negative -> ValueError.
@@ -148,8 +150,9 @@ def clipped_geometric(log_low: float, log_high: float) -> TokenFn:
     @said(f"p / rho, of log ratios within -{log_low:g}..{log_high:g}")
     def denominator(view: TokenView, advantages: Float[Array, "B T"]) -> Float[Array, "B T"]:
         log_ratio = rollout_log_ratio(view)
-        held = jnp.where(advantages > 0, jnp.minimum(log_ratio, log_high), jnp.maximum(log_ratio, -log_low))
-        return jax.lax.stop_gradient(view.logprobs) - segment_mean(view, jnp.where(advantages == 0, 0, held))
+        sign = jnp.where(advantages == 0, segment_sum(view, advantages), advantages)
+        held = jnp.where(sign > 0, jnp.minimum(log_ratio, log_high), jnp.maximum(log_ratio, -log_low))
+        return jax.lax.stop_gradient(view.logprobs) - segment_mean(view, jnp.where(sign == 0, 0, held))
 
     return denominator
 

@@ -16,7 +16,7 @@ from hptjax.hpt.control import Controls
 from hptjax.hpt.gate import demonstration_sample, group_rollouts, solved_counts, split_questions
 from hptjax.hpt.refine import Refined
 from hptjax.hpt.route import Judged, Route, Routed, Waiting, varies
-from hptjax.records import FinishReason, Judge, Objective, Question, RolloutPlan, Sample
+from hptjax.records import FinishReason, Judge, Objective, Question, RolloutPlan, Sample, SampleId
 from hptjax.train.ledger import AccumulationError
 from hptjax.train.open_step import OpenStep
 from hptjax.types import Params
@@ -141,7 +141,7 @@ def assemble_updates(
     Args
       updates: fewer where there are fewer questions, in the last, smaller batch of a pass.
       stage_step: steps of the stage that are done, for coefficients that change.
-      mask_overlong: truncated rollouts count in their group's statistics and carry no weight.
+      mask_overlong: truncated rollouts count in their group's statistics and carry no weight, nor does a pair with one.
       refined: of each update, advantages instead of the terms' own. controls: coefficients instead of the terms' own.
     """
     steered: dict[str, Any] = {"controls": controls} if controls else {}
@@ -150,9 +150,7 @@ def assemble_updates(
         routed = gated.routed if refined is None else _given(gated.routed, refined[len(packed)], samples)
         return assemble(samples, dead, routed, stage_step, **steered, **options)
 
-    dead = frozenset(
-        sample.sample_id for sample in gated.live if mask_overlong and sample.finish_reason == FinishReason.LENGTH
-    )
+    dead = _truncated(gated.live) if mask_overlong else frozenset()
     order = list(dict.fromkeys(sample.sample_id.question for sample in gated.live))
     parts = split_questions(order, min(updates, len(order))) if order else [[]]  # nothing live: one empty update
     packed: list[Update] = []
@@ -170,6 +168,13 @@ def assemble_updates(
             "were lost or repeated between gate and packing; nothing was trained on them"
         )
     return packed
+
+
+def _truncated(samples: Sequence[Sample]) -> frozenset[SampleId]:
+    """Samples that met their limit, and those that share a pair with one: half a pair has no margin."""
+    cut = [sample for sample in samples if sample.finish_reason == FinishReason.LENGTH]
+    pairs = {sample.pair_id for sample in cut if sample.pair_id >= 0}
+    return frozenset(s.sample_id for s in (*cut, *(s for s in samples if s.pair_id in pairs)))
 
 
 def _given(routed: Routed, refined: Refined, samples: Sequence[Sample]) -> Routed:

@@ -265,6 +265,17 @@ def test_identity_29_prefix_rft_without_prefixes_is_rl():
     assert_same_update(recipe, other, samples, ["rl"])
 
 
+def test_kl_in_the_reward_is_of_the_tokens_that_the_policy_wrote():
+    """A forced prefix was not sampled from the policy: its plane does not change, that of the continuation does."""
+    plain = build(config_of("prefix_rft"))
+    samples = sampled(plain.method.sampled(), REWARDS.__getitem__)
+    rewarded = build(config_of("prefix_rft", kl_in="reward", kl_coefficient=0.1))
+    want, got = (gradients(recipe, packed(recipe, samples)) for recipe in (plain, rewarded))
+    assert np.abs(want["prefix"]).max() > 1e-3
+    np.testing.assert_array_equal(got["prefix"], want["prefix"])
+    assert np.abs(got["rl"] - want["rl"]).max() > 1e-3
+
+
 def whole(question, index, reward):
     return continued(question, index, question.demonstration_tokens, np.random.default_rng(0), reward)
 

@@ -7,7 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from hptjax.hpt.assemble import assemble
 from hptjax.hpt.gate import demonstration_sample, group_rollouts, solved_counts
+from hptjax.hpt.method import ROLLOUTS
 from hptjax.hpt.route import (
     Judged,
     by_band,
@@ -20,7 +22,11 @@ from hptjax.hpt.route import (
     varied,
     with_buffer,
 )
-from hptjax.records import Objective, Source
+from hptjax.hpt.terms import Term
+from hptjax.losses.advantages import ones
+from hptjax.losses.reducers import token_mean
+from hptjax.records import FinishReason, Objective, Source
+from hptjax.train.phases import Gated, assemble_updates
 from tests import recorded
 
 SOLVED = [0, 1, 2, 4, 3, 0]  # of four rollouts each
@@ -116,6 +122,30 @@ def test_route_in_pairs_matches_solved_with_unsolved():
         assert chosen.sample_id.question == rejected.sample_id.question
         assert (chosen.solved, rejected.solved) == (True, False)
         assert [routed.advantages["rl"][s.sample_id] for s in (chosen, rejected)] == [1.0, -1.0]
+
+
+def test_a_truncated_sample_takes_its_pair_along():
+    """Half a pair has no margin; without pairs the others of the group stay."""
+    step = judged()
+    seen = []
+
+    def packed(samples, dead, *_):
+        seen.append(dead)
+        rl = Term("rl", ROLLOUTS, 1.0, token_mean, ones)
+        return assemble(samples, [rl], rows=8, row_tokens=80, max_segments=4, max_micro_batches=4, dead=dead)
+
+    for route, lost in ((in_pairs("rl"), 2), (by_gate(-1, 4), 1)):
+        routed = route(step)
+        place = next(n for n, s in enumerate(routed.live) if s.sample_id.question == 2 and not s.solved)
+        cut = dataclasses.replace(routed.live[place], finish_reason=FinishReason.LENGTH)
+        live = [*routed.live[:place], cut, *routed.live[place + 1 :]]
+        gated = Gated(step.solved, dataclasses.replace(routed, live=live))
+        for mask_overlong in (True, False):
+            assemble_updates(gated, updates=1, mask_overlong=mask_overlong, assemble=packed)
+        assert len(seen[-2]) == lost
+        assert {cut.sample_id} <= seen[-2]
+        assert len({s.pair_id for s in live if s.sample_id in seen[-2]}) == 1
+        assert not seen[-1]
 
 
 @pytest.mark.parametrize(

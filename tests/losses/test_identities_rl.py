@@ -25,6 +25,7 @@ from hptjax.losses.table import (
     REINFORCE_PP,
     RLOO,
     SAPO,
+    policy_token_loss,
 )
 from hptjax.losses.weights import sequence_tis, token_tis
 from tests.losses.packed import (
@@ -224,6 +225,18 @@ def test_identity_12_gmpo_without_clipping_is_gspo_without_clipping():
     want = row_gradient(GSPO((INF, INF)), toy, toy.sequence_mean)
     same(row_gradient(GMPO((INF, INF)), toy, toy.sequence_mean), want)
     assert np.abs(row_gradient(GMPO(), toy, toy.sequence_mean) - want).max() > 1e-3
+
+
+def test_gmpo_counts_tokens_without_an_advantage_in_the_mean_of_their_sequence():
+    """Tokens of low entropy whose advantage was taken away: the others keep their weight, and these have none."""
+    toy = make_toy(9)
+    kept = toy.live & (np.arange(toy.live.shape[1]) % 3 > 0)
+    view, advantages = view_of(toy, jnp.asarray(toy.logits)), toy.spread(toy.advantages)
+    want = np.asarray(policy_token_loss(GMPO(), view, jnp.asarray(advantages)))
+    got = np.asarray(policy_token_loss(GMPO(), view, jnp.asarray(np.where(kept, advantages, 0))))
+    np.testing.assert_array_equal(got[kept], want[kept])
+    assert np.abs(want[kept]).max() > 1e-4
+    assert not got[toy.live & ~kept].any()
 
 
 def test_identity_25_tis_is_nothing_without_mismatch_and_completes_the_ratio():
