@@ -182,9 +182,9 @@ class HptConfig:
     entropy_target: float | None = None  # nats per rollout token that the bonus, then on rollouts alone, steers to
     entropy_delta: float = 0.001  # step of the steered coefficient, which starts at entropy_coefficient; unverified
     top_entropy: float | None = None  # share of rollout tokens, those of highest entropy, that learn by RL; None: all
-    kl_coefficient: float | None = None  # to model.reference; None: as the method is published, 0 but for grpo
+    kl_coefficient: float | None = None  # to model.reference; None: as published, 0 but for grpo and uft
     kl_estimator: Literal["k1", "k2", "k3", "k3_plus"] = "k3"  # of the loss
-    kl_in: Literal["loss", "reward"] = "loss"  # "reward": each token's advantage loses kl_coefficient x k1
+    kl_in: Literal["loss", "reward"] = "loss"  # "reward": a rollout token's advantage loses kl_coefficient x k1
     mask_overlong: bool = False  # weight 0 for completions that met their limit
     ranks: int = 8  # preset "official" only: data-parallel ranks of the published script
     logical_micro_tokens: int = 32_768  # preset "official" only: tokens of one of its micro-batches

@@ -7,7 +7,8 @@ import re
 
 from hptjax.config import Config, flatten, resolved
 from hptjax.config_batch import micro_batches_needed, samples_per_update, steps_of
-from hptjax.config_methods import GATED, learns_from_demonstrations, learns_from_rollouts, samples_per_bundle
+from hptjax.config_constants import constant_problems
+from hptjax.config_methods import GATED, PAIRED, learns_by_sft, learns_from_rollouts, samples_per_bundle
 from hptjax.config_prefix import prefix_problems
 
 AT_LEAST_ONE = (
@@ -26,7 +27,8 @@ AT_LEAST_ZERO = (
     "seed task.seed task.low task.target_low task.max_value data.split_seed "
     "rollout.top_k optimizer.end_fraction hpt.sft_coefficient hpt.rl_coefficient hpt.entropy_coefficient "
     "hpt.kl_coefficient hpt.correction_floor methods.ppo_lambda methods.ppo_value_clip methods.dapo_cushion_frac "
-    "methods.chord_rise_steps methods.chord_fall_steps "
+    "methods.chord_peak methods.chord_valley methods.chord_rise_steps methods.chord_fall_steps "
+    "methods.kdrl_beta methods.kdrl_end_beta methods.kdrl_steps "
     "methods.uft_steps methods.uft_coefficient methods.prefix_steps "
     "optimizer.warmup_steps optimizer.weight_decay train.checksum_every train.eval_every "
     "train.probe_every train.rollouts_every train.panel_questions eval.train_questions checkpoint.keep_best"
@@ -185,19 +187,29 @@ def _check_objective(config: Config) -> None:
             "none",
             "hpt.clip_low and hpt.clip_high (0.2 each is usual), or hpt.rl_estimator",
         )
-    if hpt.rl_estimator == "reinforce" and hpt.clip_low is not None:
+    if hpt.rl_estimator in ("reinforce", "rloo", "sapo") and hpt.clip_low is not None:
         _refuse(
-            "no clip range for hpt.rl_estimator 'reinforce' (its ratio is 1)",
+            f"no clip range for hpt.rl_estimator '{hpt.rl_estimator}' (it has no clip)",
             f"{hpt.clip_low}, {hpt.clip_high}",
             "hpt.clip_low and hpt.clip_high",
         )
+    if hpt.clip_kind != "row" and hpt.clip_bound <= 1:
+        _refuse(f"hpt.clip_bound above 1 for hpt.clip_kind '{hpt.clip_kind}'", f"{hpt.clip_bound}", "hpt.clip_bound")
+    if hpt.sampler_correction == "masked_is" and not hpt.correction_floor <= 1 <= hpt.correction_cap:
+        _refuse(
+            "hpt.correction_floor <= 1 <= hpt.correction_cap for hpt.sampler_correction 'masked_is'",
+            f"{hpt.correction_floor} and {hpt.correction_cap}",
+            "hpt.correction_floor or hpt.correction_cap",
+        )
+    if hpt.kl_in == "reward" and hpt.kl_coefficient is None:
+        _refuse("hpt.kl_coefficient for hpt.kl_in 'reward' (0 turns it off)", "none", "hpt.kl_coefficient")
     _check_second_look(config)
     _check_method_constants(config)
     for place, method, _ in steps_of(config):
         never_rl, never_sft = method in GATED and hpt.gate == group_size, method in GATED and hpt.gate < 0
         rl = hpt.rl_coefficient if learns_from_rollouts(method) and not never_rl else 0.0
-        sft = hpt.sft_coefficient if learns_from_demonstrations(method) and not never_sft else 0.0
-        if rl == sft == 0.0:
+        sft = hpt.sft_coefficient if learns_by_sft(method) and not never_sft else 0.0
+        if rl == sft == 0.0 and method != "kdrl":  # whose teacher alone is on-policy distillation
             _refuse(
                 f"an objective that is not 0 in {place} ({method}, hpt.gate {hpt.gate})",
                 f"hpt.rl_coefficient {hpt.rl_coefficient} and hpt.sft_coefficient {hpt.sft_coefficient}",
@@ -223,6 +235,15 @@ def _check_second_look(config: Config) -> None:
             "'reward'",
             "hpt.kl_in",
         )
+    in_reward = hpt.kl_in == "reward" and bool(hpt.kl_coefficient)
+    changes = hpt.top_entropy is not None or hpt.correction_normalised or in_reward
+    paired = [method for _, method, _ in steps_of(config) if method in PAIRED]
+    if paired and changes:
+        _refuse(
+            f"advantages of +1 and -1 for {paired[0]}, whose margin is made of their signs",
+            "hpt.top_entropy, hpt.correction_normalised or hpt.kl_in 'reward', which change them",
+            "the one that is set",
+        )
     if hpt.entropy_target is not None and hpt.rl_coefficient == 0:
         _refuse(
             "rollouts that learn by RL, whose entropy hpt.entropy_target steers",
@@ -232,26 +253,8 @@ def _check_second_look(config: Config) -> None:
 
 
 def _check_method_constants(config: Config) -> None:
-    for problem in prefix_problems(config):
+    for problem in (*prefix_problems(config), *constant_problems(config)):
         _refuse(*problem)
-    constants, group_size = config.methods, config.rollout.group_size
-    for name, value in (("ppo_gamma", constants.ppo_gamma), ("ppo_lambda", constants.ppo_lambda)):
-        if value > 1:
-            _refuse(f"methods.{name} of at most 1", f"{value}", f"methods.{name}")
-    if not config.hpt.gate <= constants.gate_off <= group_size and config.method == "hpt_off_band":
-        _refuse(
-            f"methods.gate_off in hpt.gate..rollout.group_size ({config.hpt.gate}..{group_size})",
-            f"{constants.gate_off}",
-            "methods.gate_off",
-        )
-    if constants.dapo_cushion_frac > 1:
-        _refuse("methods.dapo_cushion_frac in 0..1", f"{constants.dapo_cushion_frac}", "methods.dapo_cushion_frac")
-    if constants.soft_table and len(constants.soft_table) != group_size + 1:
-        _refuse(
-            f"a row of methods.soft_table for each of 0..{group_size} solved (rollout.group_size)",
-            f"{len(constants.soft_table)} rows",
-            "methods.soft_table",
-        )
 
 
 def _check_batch(config: Config) -> None:

@@ -49,6 +49,7 @@ GATED = frozenset({"hpt", "hpt_off_band", "random_gate"})  # a demonstration or 
 BESIDE_A_GROUP = frozenset({"hpt_soft", "srft", "chord_mu"})  # the demonstration joins a whole group
 IN_A_GROUP = frozenset({"luffy"})  # the demonstration takes the place of a rollout
 CONTINUED = frozenset({"trapo", "uft", "prefix_rft"})  # rollouts that start with a part of the demonstration
+BY_RL_ALONE = frozenset({"luffy", "prefix_rft"})  # demonstrations and prefixes learn as rollouts, and not by SFT
 APART = frozenset({"relift"})  # demonstrations make updates of their own
 PAIRED = frozenset({"dpo"})  # two samples share a row
 
@@ -56,6 +57,11 @@ PAIRED = frozenset({"dpo"})  # two samples share a row
 def learns_from_demonstrations(method: str) -> bool:
     """Whether demonstrations can enter an update of the method."""
     return method in FROM_DEMONSTRATIONS | GATED | BESIDE_A_GROUP | IN_A_GROUP | CONTINUED | APART
+
+
+def learns_by_sft(method: str) -> bool:
+    """Whether the method reads hpt.sft_coefficient."""
+    return learns_from_demonstrations(method) and method not in BY_RL_ALONE
 
 
 def learns_from_rollouts(method: str) -> bool:

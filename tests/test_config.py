@@ -101,7 +101,7 @@ def other_value(hint: typing.Any, value: typing.Any) -> tuple[list[str], typing.
         return ['[{name = "other", weight = 2.5}]'], (RewardFunction("other", 2.5),)
     if hint == tuple[CompareArm, ...]:
         entry = '[{name = "b", method = "hpt", gate = 1, sft_share = [0.5, 1]}]'
-        return [entry], (CompareArm("b", "hpt", 1, (0.5, 1.0)),)
+        return [entry], (CompareArm("b", "hpt", 1, sft_share=(0.5, 1.0)),)
     if hint == tuple[SoftRow, ...]:
         return ["[{rl = 0, off = 0.5, sft = 1}]"], (SoftRow(0.0, 0.5, 1.0),)
     if hint == tuple[MicroGroupRow, ...]:
@@ -235,6 +235,26 @@ def test_config_nearest_key_survives_a_lost_letter(path):
         ({"hpt__clip_low": 0.2}, ["both of hpt.clip_low and hpt.clip_high"]),
         ({"hpt__rl_estimator": "ppo"}, ["a clip range", "hpt.clip_low"]),
         ({"hpt__rl_estimator": "reinforce", "hpt__clip_low": 0.2, "hpt__clip_high": 0.2}, ["no clip range"]),
+        ({"hpt__rl_estimator": "sapo", "hpt__clip_low": 0.2, "hpt__clip_high": 0.2}, ["no clip range"]),
+        ({"hpt__clip_kind": "two_sided", "hpt__clip_bound": 1.0}, ["hpt.clip_bound above 1"]),
+        ({"hpt__sampler_correction": "masked_is", "hpt__correction_floor": 1.5}, ["hpt.correction_floor <= 1"]),
+        ({"hpt__kl_in": "reward"}, ["hpt.kl_coefficient for hpt.kl_in 'reward'"]),
+        ({"method": "dpo", "hpt__top_entropy": 0.2}, ["advantages of +1 and -1 for dpo"]),
+        ({"method": "dpo", "hpt__kl_in": "reward", "hpt__kl_coefficient": 0.1}, ["advantages of +1 and -1 for dpo"]),
+        ({"methods__chord_peak": 1.5}, ["methods.chord_peak of at most 1", "got 1.5"]),
+        ({"methods__chord_valley": -0.1}, ["methods.chord_valley at least 0"]),
+        ({"methods__kdrl_end_beta": -1e-3}, ["methods.kdrl_end_beta at least 0"]),
+        ({"methods__trsft_floor": 2.0}, ["methods.trsft_floor of at most 1"]),
+        ({"methods__pear_gamma": 1.1}, ["methods.pear_gamma of at most 1"]),
+        ({"method": "sft", "stages": (StageConfig("hpt_off_band", 2),), "hpt__gate": 2}, ["methods.gate_off in"]),
+        (
+            {"methods__soft_table": (SoftRow(1.0, 0.0, 0.0),)},
+            ["a row of methods.soft_table for each of 0..8", "1 rows"],
+        ),
+        ({"methods__soft_table": (SoftRow(1.0, 0.0, -0.1),) * 9}, ["coefficients of at least 0", "for 0 solved"]),
+        ({"methods__soft_table": (SoftRow(1.0, float("nan"), 0.0),) * 9}, ["finite coefficients", "nan"]),
+        ({"methods__soft_table": (SoftRow(0.0, 0.0, 0.0),) * 9}, ["that is not 0"]),
+        ({"method": "luffy", "hpt__rl_coefficient": 0.0}, ["an objective that is not 0", "luffy"]),
         ({"method": "sft", "hpt__sft_coefficient": 0.0}, ["an objective that is not 0"]),
         ({"method": "grpo", "hpt__rl_coefficient": 0.0}, ["an objective that is not 0"]),
         ({"hpt__gate": -1, "hpt__rl_coefficient": 0.0}, ["an objective that is not 0", "hpt.rl_coefficient 0.0"]),
@@ -265,6 +285,11 @@ def test_config_check_says_expected_got_and_what_to_change(fields, words):
         check(changed(VALID, **fields))
     for word in [*words, "expected", "got", "change"]:
         assert word in str(caught.value), str(caught.value)
+
+
+def test_config_check_accepts_a_teacher_alone():
+    """KDRL without its rewards is on-policy distillation."""
+    check(changed(VALID, method="kdrl", hpt__rl_coefficient=0.0))
 
 
 @pytest.mark.parametrize("gate", [-1, 0, 8])
