@@ -13,7 +13,8 @@ from rich.console import Console
 from hptjax import cli, methods_text
 from hptjax.build.example import PROVIDES, example, overlay
 from hptjax.build.method import REMEDY, build_recipe, met_needs, options
-from hptjax.config import Config, flatten
+from hptjax.build.rows import chosen_row
+from hptjax.config import Config, DataConfig, HptConfig, flatten
 from hptjax.config_check import check
 from hptjax.config_load import read_file
 from hptjax.config_methods import MethodsConfig
@@ -21,6 +22,7 @@ from hptjax.config_text import build, toml_text
 from hptjax.hpt import schedules
 from hptjax.hpt.method import all_needs
 from hptjax.hpt.methods import METHODS
+from hptjax.hpt.options import Options
 from hptjax.losses import stability, table, weights
 from hptjax.losses.estimator import Estimator, Need
 from hptjax.losses.words import words_of
@@ -88,9 +90,39 @@ def test_constants_are_the_options_that_a_method_reads():
     constants = {f"methods.{field.name}" for field in dataclasses.fields(MethodsConfig)}
     assert constants <= set().union(*listed.values())
     assert {name for name in NAMES if "methods.luffy_gamma" in listed[name]} == {"luffy", "hpt_off_band", "hpt_soft"}
-    assert {name for name in NAMES if "hpt.gate" in listed[name]} == {"hpt", "hpt_off_band", "hpt_soft", "random_gate"}
+    assert {name for name in NAMES if "hpt.gate" in listed[name]} == {"hpt", "hpt_off_band", "random_gate"}
+    assert {name for name in ("reinforce", "rloo", "sapo", "cispo") if "hpt.clip_low" in listed[name]} == {"cispo"}
     assert listed["sft"] == {"rollout.group_size"}
     assert {name for name in NAMES if "methods.pear_block_tokens" in listed[name]} == {"pear_block"}
+
+
+def test_differences_and_advantages_are_those_of_the_method():
+    """Only a method with GRPO's penalty speaks of it, and a demonstration alone has no union to be judged by."""
+    of = {name: [part.get("difference", "") for part in methods_text.method_words(name)["parts"]] for name in NAMES}
+    assert {name for name in NAMES if any("0.04" in text for text in of[name])} == {"grpo"}
+    for name in ("hpt_off_band", "hpt_soft"):
+        off = next(part for part in methods_text.method_words(name)["parts"] if part["part"] == "off")
+        assert (off["advantage"], "union" in off["formula"]) == ("R", False)
+
+
+@pytest.mark.parametrize(("row", "words"), [(table.DAPO(), "0.8..1.28"), (table.GRPO(), "0.8..1.2")])
+def test_a_clip_kind_keeps_the_published_widths_of_the_row(row, words):
+    mask = chosen_row(row, HptConfig(clip_kind="dual")).stability_mask
+    assert words_of(mask) == f"ratio in {words}, 3 where A < 0"
+
+
+@pytest.mark.parametrize("name", ["trapo", "uft", "prefix_rft"])
+def test_prefixes_need_demonstrations_though_nothing_learns_from_them(name):
+    config = dataclasses.replace(
+        Config(), data=DataConfig(demonstrations=False), hpt=HptConfig(sft_coefficient=0.0, rl_coefficient=1.0)
+    )
+    with pytest.raises(ValueError, match=r"data\.demonstrations"):
+        build_recipe(config, name, 64)
+
+
+def test_hpt_soft_has_no_gate():
+    method = METHODS["hpt_soft"](Options(group_size=8, gate=3, gate_off=1))
+    assert [part.name for part in method.parts] == ["rl", "sft", "off"]
 
 
 @pytest.mark.parametrize("name", NAMES)

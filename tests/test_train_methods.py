@@ -20,7 +20,8 @@ from hptjax.config_methods import (
     samples_per_question,
 )
 from hptjax.hpt.method import all_needs
-from hptjax.hpt.methods import METHODS, ROLLOUT_ROWS
+from hptjax.hpt.method_parts import ROLLOUT_ROWS
+from hptjax.hpt.methods import METHODS
 from hptjax.models.folder import save_folder
 from hptjax.sharding.host import to_host
 from hptjax.train.jsonl import read_rows

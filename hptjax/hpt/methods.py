@@ -11,63 +11,33 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from hptjax.hpt.method import DEMONSTRATIONS, ROLLOUTS, Method, Part
-from hptjax.hpt.methods_critic import ppo
-from hptjax.hpt.methods_prefix import prefix_rft, trapo, uft
-from hptjax.hpt.options import Options
-from hptjax.hpt.route import (
-    Route,
-    by_band,
-    by_chance,
-    by_gate,
-    by_table,
-    corrected_where,
-    in_pairs,
-    together,
-    varied,
-    with_buffer,
+from hptjax.hpt.method_parts import (
+    DEMONSTRATION_ROWS,
+    ROLLOUT_ROWS,
+    WITHOUT_CLIP,
+    off_policy,
+    on_demonstrations,
+    on_rollouts,
 )
+from hptjax.hpt.methods_critic import ppo
+from hptjax.hpt.methods_gated import hpt, hpt_off_band, hpt_soft, random_gate
+from hptjax.hpt.methods_prefix import grpo_without_kl, prefix_rft, trapo, uft
+from hptjax.hpt.options import Options
+from hptjax.hpt.route import by_gate, corrected_where, in_pairs, together, varied, with_buffer
 from hptjax.hpt.schedules import linear, rise_and_fall
 from hptjax.losses import table
-from hptjax.losses.estimator import Estimator, ExtraTerm, Need
+from hptjax.losses.estimator import ExtraTerm, Need
 from hptjax.losses.kl import k2_token_loss
 from hptjax.losses.view import TokenView, stored
 from hptjax.losses.words import said
 from hptjax.types import Array
-
-ROLLOUT_ROWS: Mapping[str, Callable[[table.Clip | None], Estimator]] = {
-    "reinforce": lambda clip: table.REINFORCE,
-    "rloo": lambda clip: table.RLOO,
-    "reinforce_pp": lambda clip: table.REINFORCE_PP(clip or (0.2, 0.2)),
-    "ppo": lambda clip: table.PPO(clip or (0.2, 0.2)),
-    "grpo": lambda clip: table.GRPO(clip or (0.2, 0.2)),
-    "dr_grpo": table.DR_GRPO,
-    "dapo": lambda clip: table.DAPO(clip or (0.2, 0.28)),
-    "cispo": lambda clip: table.CISPO(*(clip or (1.0, 0.2))),
-    "cispo_table": lambda clip: table.CISPO_TABLE(clip or (0.2, 0.2)),
-    "gspo": lambda clip: table.GSPO(clip or (3e-4, 4e-4)),
-    "gmpo": lambda clip: table.GMPO(clip or (0.4, 0.4)),
-    "sapo": lambda clip: table.SAPO(),
-}
-"""Rows for the policy's own rollouts, by name; the clip of None is the published one."""
-
-DEMONSTRATION_ROWS: Mapping[str, Callable[[Options], Estimator]] = {
-    "sft": lambda options: table.SFT,
-    "dft": lambda options: table.DFT,
-    "trsft": lambda options: table.TRSFT(options.trsft_floor),
-    "chord_phi": lambda options: table.CHORD_PHI,
-    "pear_token": lambda options: table.PEAR_TOKEN(options.pear_gamma),
-    "pear_block": lambda options: table.PEAR_BLOCK(options.pear_block_tokens, options.pear_gamma),
-    "pear_sequence": lambda options: table.PEAR_SEQUENCE(),
-    "implicit_reward": lambda options: table.IMPLICIT_REWARD(options.implicit_beta),
-}
-"""Rows for demonstrations alone, by name."""
 
 
 def rollouts_only(name: str) -> Callable[[Options], Method]:
     """A row of rollouts as a method: everything sampled learns."""
 
     def method(options: Options) -> Method:
-        row = ROLLOUT_ROWS[name](options.clip)
+        row = ROLLOUT_ROWS[name](None if name in WITHOUT_CLIP else options.clip)
         extra = tuple(
             Part(
                 name=term.name,
@@ -81,7 +51,7 @@ def rollouts_only(name: str) -> Callable[[Options], Method]:
         )
         return Method(
             name=name,
-            parts=(_on_rollouts(row), *extra),
+            parts=(on_rollouts(row), *extra),
             route=by_gate(-1, options.group_size),
             rollouts=options.group_size,
             most_samples=options.group_size,
@@ -94,7 +64,7 @@ def demonstrations_only(name: str) -> Callable[[Options], Method]:
     """A row of demonstrations as a method: nothing is sampled."""
     return lambda options: Method(
         name=name,
-        parts=(_on_demonstrations(DEMONSTRATION_ROWS[name](options)),),
+        parts=(on_demonstrations(DEMONSTRATION_ROWS[name](options)),),
         route=by_gate(options.group_size, options.group_size),
         rollouts=0,
         most_samples=1,
@@ -114,49 +84,12 @@ def dapo(options: Options) -> Method:
     )
 
 
-def hpt(options: Options) -> Method:
-    """HPT: SFT where at most `gate` of the group solved, RL elsewhere."""
-    return _gated("hpt", by_gate(options.gate, options.group_size), options)
-
-
-def random_gate(options: Options) -> Method:
-    """HPT's control: the same number of demonstrations in every step, of questions that are drawn."""
-    return _gated("random_gate", by_chance(options.gate, options.group_size, seed=options.seed), options)
-
-
-def hpt_off_band(options: Options) -> Method:
-    """HPT whose middle band learns from the demonstration as LUFFY does."""
-    route = by_band(options.gate, options.gate_off, options.group_size, off_term="off", sft_term="sft")
-    method = _gated("hpt_off_band", route, options)
-    off = _off_policy(table.LUFFY_OFF(options.luffy_gamma), judged_with=False)
-    return dataclasses.replace(
-        method,
-        parts=(*method.parts, off),
-        rewards_demonstrations=True,
-        difference="The published code loses the band's flag when rows are merged, and falls back to SFT.",
-    )
-
-
-def hpt_soft(options: Options) -> Method:
-    """HPT with coefficients by the number of solved rollouts instead of a gate."""
-    size = options.group_size
-    linear_table = tuple((solved / size, 0.0, 1.0 - solved / size) for solved in range(size + 1))
-    route = by_table(options.soft_table or linear_table, terms=("rl", "off", "sft"))
-    return dataclasses.replace(
-        hpt_off_band(options),
-        name="hpt_soft",
-        route=route,
-        most_samples=size + 1,
-        difference="The published coefficients are computed and never read; the linear table here is ours.",
-    )
-
-
 def luffy(options: Options) -> Method:
     """LUFFY: one rollout of the group is the demonstration, with a shaped ratio; all are judged by one mean."""
-    on = _on_rollouts(table.DR_GRPO(options.clip), reducer="official_fixed_rl", judged_with=DEMONSTRATIONS)
+    on = on_rollouts(table.DR_GRPO(options.clip), reducer="official_fixed_rl", judged_with=DEMONSTRATIONS)
     return Method(
         name="luffy",
-        parts=(on, _off_policy(table.LUFFY_OFF(options.luffy_gamma))),
+        parts=(on, off_policy(table.LUFFY_OFF(options.luffy_gamma))),
         route=together,
         rollouts=options.group_size - 1,
         most_samples=options.group_size,
@@ -169,9 +102,9 @@ def luffy(options: Options) -> Method:
 def srft(options: Options) -> Method:
     """SRFT: the demonstration as SFT and as a rollout, rollouts pushed up and down; weights by entropy."""
     parts = (
-        _on_demonstrations(table.SRFT_SFT(sign=options.srft_sign)),
-        _off_policy(table.SRFT_OFF),
-        _on_rollouts(table.SRFT_ON(), reducer="official_fixed_rl"),
+        on_demonstrations(table.SRFT_SFT(sign=options.srft_sign)),
+        off_policy(table.SRFT_OFF),
+        on_rollouts(table.SRFT_ON(), reducer="official_fixed_rl"),
     )
     return Method(
         name="srft",
@@ -181,7 +114,8 @@ def srft(options: Options) -> Method:
         most_samples=options.group_size + 1,
         rewards_demonstrations=True,
         source="arXiv 2506.19767",
-        difference="On rollouts log pi and no ratio, as HPT's re-implementation; the placement of 0.5 is second-hand.",
+        difference="On rollouts log pi and no ratio, as HPT's re-implementation; the placement of 0.5 is second-hand."
+        " Entropy coefficient 0.001: hpt.entropy_coefficient.",
     )
 
 
@@ -189,9 +123,9 @@ def chord_mu(options: Options) -> Method:
     """CHORD-mu: (1 - mu) GRPO + mu SFT, mu falling over the run."""
     mu = rise_and_fall(options.chord_peak, options.chord_valley, options.chord_rise_steps, options.chord_fall_steps)
     grpo = dataclasses.replace(
-        _on_rollouts(ROLLOUT_ROWS["grpo"](options.clip)), schedule=said("1 - mu")(lambda step: 1.0 - mu(step))
+        on_rollouts(grpo_without_kl(options)), schedule=said("1 - mu")(lambda step: 1.0 - mu(step))
     )
-    sft = dataclasses.replace(_on_demonstrations(table.SFT), schedule=mu)
+    sft = dataclasses.replace(on_demonstrations(table.SFT), schedule=mu)
     return Method(
         name="chord_mu",
         parts=(grpo, sft),
@@ -206,7 +140,7 @@ def chord_mu(options: Options) -> Method:
 def kdrl(options: Options) -> Method:
     """KDRL: GRPO and, on the same rollouts, the reverse KL to a teacher."""
     beta = linear(options.kdrl_beta, options.kdrl_end_beta, options.kdrl_steps)
-    row = ROLLOUT_ROWS["grpo"](options.clip)
+    row = grpo_without_kl(options)
     teacher = Part(
         name="kd",
         row=ExtraTerm("kd", _k2_to_teacher, 1.0, frozenset({Need.TEACHER_LOGPROBS})),
@@ -217,34 +151,36 @@ def kdrl(options: Options) -> Method:
     )
     return Method(
         name="kdrl",
-        parts=(_on_rollouts(row), teacher),
+        parts=(on_rollouts(row), teacher),
         route=corrected_where("kd", options.kdrl_where),
         rollouts=options.group_size,
         most_samples=options.group_size,
         source="arXiv 2506.02208",
-        difference="Schedule and masks are second-hand: digests give 5e-3 to 1e-3, a re-implementation 0.2 to 0.002.",
+        difference="Schedule and masks are second-hand: digests give 5e-3 to 1e-3, a re-implementation 0.2 to 0.002."
+        " With a mask the teacher's term is a mean over the rollouts that it covers; it has no ratio and no clip.",
     )
 
 
 def relift(options: Options) -> Method:
     """ReLIFT: RL on everything; demonstrations of failed questions are collected for SFT with its own optimizer."""
-    rl = _on_rollouts(table.DR_GRPO(options.clip), reducer="official_fixed_rl")
+    rl = on_rollouts(table.DR_GRPO(options.clip), reducer="official_fixed_rl")
     return Method(
         name="relift",
-        parts=(rl, _on_demonstrations(table.SFT)),
+        parts=(rl, on_demonstrations(table.SFT)),
         route=with_buffer(options.relift_buffer),
         rollouts=options.group_size,
         most_samples=options.group_size,
         apart=options.relift_buffer,
         source="arXiv 2506.07527",
-        difference="The entropy coefficient of its SFT (0.001) is hpt.entropy_coefficient, for both kinds of update.",
+        difference="The entropy coefficient of its SFT (0.001) is hpt.entropy_coefficient, for both kinds of update. A"
+        " question waits once, by its latest visit.",
     )
 
 
 def dpo(options: Options) -> Method:
     """DPO on pairs that the verifier makes of the policy's rollouts."""
     row = table.DPO(options.dpo_beta)
-    pairs = dataclasses.replace(_on_rollouts(row), coefficient=2.0)  # a mean over pairs, not over their sequences
+    pairs = dataclasses.replace(on_rollouts(row), coefficient=2.0)  # a mean over pairs, not over their sequences
     return Method(
         name="dpo",
         parts=(pairs,),
@@ -275,39 +211,6 @@ METHODS: Mapping[str, Callable[[Options], Method]] = {
     "prefix_rft": prefix_rft,
 }
 """Every method that can be trained, in the order of `hptjax methods`."""
-
-
-def _gated(name: str, route: Route, options: Options) -> Method:
-    rl = _on_rollouts(ROLLOUT_ROWS[options.rollout_row](options.clip), reducer="official_fixed_rl")
-    return Method(
-        name=name,
-        parts=(rl, _on_demonstrations(table.SFT)),
-        route=route,
-        rollouts=options.group_size,
-        most_samples=options.group_size,
-        source="arXiv 2509.04419 v2 Eq. 10 to 12, as the published code runs it",
-        difference="Paper: std and clip; code and this row: neither. The code's reducer is hpt.preset official.",
-    )
-
-
-def _on_rollouts(row: Estimator, **changes: object) -> Part:
-    part = Part(name="rl", row=row, sources=ROLLOUTS, kind="rl", reducer=row.reducer)
-    return dataclasses.replace(part, **changes)  # type: ignore[arg-type]
-
-
-def _on_demonstrations(row: Estimator) -> Part:
-    return Part(name="sft", row=row, sources=DEMONSTRATIONS, kind="sft", reducer=row.reducer)
-
-
-def _off_policy(row: Estimator, *, judged_with: bool = True) -> Part:
-    return Part(
-        name="off",
-        row=row,
-        sources=DEMONSTRATIONS,
-        kind="rl",
-        reducer="official_fixed_rl",
-        judged_with=ROLLOUTS if judged_with else frozenset(),
-    )
 
 
 @said("k2 to the teacher")

@@ -40,7 +40,8 @@ def ppo(options: Options) -> Method:
         most_samples=options.group_size,
         refine=critic_gae(gamma=options.ppo_gamma, smoothing=options.ppo_lambda),
         source="arXiv 1707.06347, arXiv 1506.02438; critic and whitening as in verl",
-        difference="The critic is a linear map on the policy's hidden states and does not train them.",
+        difference="The critic is a linear map on the policy's hidden states and does not train them. Whitened over"
+        " each update; verl over all updates of a rollout batch. After a truncated completion the value is 0, too.",
     )
 
 

@@ -19,6 +19,7 @@ from hptjax.hpt.route_prefix import judging_prefixes, weighing_prefixes
 from hptjax.hpt.schedules import rise_and_fall
 from hptjax.hpt.terms import completion_span, prefix_span
 from hptjax.losses import table
+from hptjax.losses.estimator import Need
 
 SCORED_AT = "Prefix tokens are scored at the sampling temperature, like the rest of the sample."
 
@@ -42,7 +43,7 @@ def trapo(options: Options) -> Method:
         parts=(
             Part(
                 name="rl",
-                row=_without_kl(options) if by_paper else table.DR_GRPO(options.clip),
+                row=grpo_without_kl(options) if by_paper else table.DR_GRPO(options.clip),
                 sources=ROLLOUTS,
                 kind="rl",
                 reducer="official_fixed_rl",
@@ -60,17 +61,18 @@ def trapo(options: Options) -> Method:
         rollouts=options.group_size,
         most_samples=options.group_size,
         plan=trapo_plan(trapo_groups(options), extend),
+        needs=frozenset({Need.DEMONSTRATIONS}),  # for prefixes, whether they learn or not
         source="arXiv 2512.17636; code Su-my/TRAPO",
         difference="Paper (second-hand): ratios 0.2, 0.5, 1 below means 0.5, 0.7, 0.9, std and clip. Code: 0.25, 0.5, 1"
         " below sums 2 of 4, 4 of 6, 7 of 7, up to the end of a step, no std, no clip, and one of two samples with the"
         " same prefix learns it. methods.trapo_constants chooses. Both share the code's constant normaliser; the"
-        f" paper's is not known. {SCORED_AT}",
+        f" paper's is not known. The script's entropy coefficient is 0.001: hpt.entropy_coefficient. {SCORED_AT}",
     )
 
 
 def uft(options: Options) -> Method:
     """UFT: GRPO on what continues a hint, and a little SFT on the hint; the hints end during the run."""
-    grpo = _without_kl(options)
+    grpo = grpo_without_kl(options)
     return Method(
         name="uft",
         parts=(
@@ -103,6 +105,7 @@ def uft(options: Options) -> Method:
             steps=options.uft_steps,
             seed=options.seed,
         ),
+        needs=frozenset({Need.DEMONSTRATIONS}),
         source="arXiv 2505.16984; code liumy2010/UFT",
         difference="Segments are equal runs of tokens; the code's are runs of the data's own steps. Its hint is part of"
         " the prompt, with a budget of its own. Its means are of micro-batches, here of the update."
@@ -143,6 +146,7 @@ def prefix_rft(options: Options) -> Method:
             high=options.prefix_high,
             seed=options.seed,
         ),
+        needs=frozenset({Need.DEMONSTRATIONS}),
         source="arXiv 2507.01679; code ZeroYuHuang/prefix_rft",
         difference="One token mean over prefixes and continuations, as the code's default. Unverified: the range of l,"
         " its schedule, and the share of prefix tokens. Entropy coefficient 0.001: hpt.entropy_coefficient."
@@ -150,5 +154,6 @@ def prefix_rft(options: Options) -> Method:
     )
 
 
-def _without_kl(options: Options) -> table.Estimator:
-    return dataclasses.replace(table.GRPO(options.clip or (0.2, 0.2)), extra_terms=())
+def grpo_without_kl(options: Options) -> table.Estimator:
+    """GRPO's row for the methods that leave its penalty out, or have their own."""
+    return dataclasses.replace(table.GRPO(options.clip or (0.2, 0.2)), extra_terms=(), difference="")

@@ -11,6 +11,7 @@ from hptjax.losses.stability import dual_clip, everywhere
 from hptjax.losses.table_rl import GRPO, Clip
 from hptjax.losses.table_sft import SFT
 from hptjax.losses.weights import entropy_weight, top_entropy_of_sequence, where_positive
+from hptjax.losses.words import said
 
 
 def LUFFY_OFF(gamma: float = 0.1) -> Estimator:
@@ -65,7 +66,7 @@ def SRFT_ON(scale: float = 0.1) -> Estimator:
         denominator=current_policy,
         advantage=signed,
         weights=(where_positive(entropy_weight(scale, 1)),),
-        formula=f"{scale:g} exp(+H) grad log pi on solved rollouts, -grad log pi on the others",
+        formula=f"{scale:g} exp(+H) grad log pi on rollouts with R > 0, -grad log pi on the others",
         source="arXiv 2506.19767; second-hand, agrees with HPT's re-implementation",
         reducer="dr_grpo",
         needs=frozenset({Need.ENTROPY}),
@@ -100,7 +101,7 @@ def PREFIX_RFT_OFF(share: float = 0.2, clip: Clip = (0.2, 0.2), cap: float = 3.0
     return dataclasses.replace(
         row,
         name="prefix_rft_off",
-        advantage=centred,
+        advantage=said("R - mean of free")(lambda rewards, group_ids: centred(rewards, group_ids)),  # the route has it
         select=(top_entropy_of_sequence(share),),
         formula="1_top 1_dual A grad pi / pi_rollout, A = (R - mean of the free rollouts) / rollouts of the prefix",
         needs=row.needs | {Need.DEMONSTRATIONS, Need.ENTROPY},

@@ -43,7 +43,7 @@ REINFORCE = Estimator(
     stability_mask=everywhere,
     denominator=current_policy,
     advantage=signed,
-    formula="A grad log pi, A = +1 or -1",
+    formula="A grad log pi, A = +1 where R > 0, else -1",
     source="Williams 1992; A as in arXiv 2509.04419 v2 Tab. 1",
     reducer="seq_mean_token_sum",
 )
@@ -70,7 +70,8 @@ def REINFORCE_PP(clip: Clip = (0.2, 0.2)) -> Estimator:
         formula="1_clip A_t grad pi / pi_rollout, A_t = whitened return-to-go",
         source="arXiv 2501.03262; advantages as in verl",
         needs=_OFF_POLICY,
-        difference="The clip's width and the variance's eps are from memory: unverified. KL in the reward is not part.",
+        difference="The clip's width and the variance's eps are from memory: unverified. KL in the reward is not part."
+        " Whitened over each update; verl over all updates of a rollout batch.",
     )
 
 
@@ -214,6 +215,7 @@ def GMPO(log_clip_widths: Clip = (0.4, 0.4)) -> Estimator:
         formula="1_t rho A grad log pi, rho = exp(mean of log ratios clipped against A)",
         source="arXiv 2507.20673; range as in verl and TRL's index",
         extra_terms=(),
+        difference="",
     )
 
 
@@ -227,6 +229,7 @@ def SAPO(temperature_positive: float = 1.0, temperature_negative: float = 1.05) 
         formula="4 s (1 - s) ratio A grad log pi, s = sigma(tau (ratio - 1))",
         source="arXiv 2511.20347; constants as in TRL",
         extra_terms=(),
+        difference="",
     )
 
 

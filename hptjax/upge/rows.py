@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from hptjax.hpt.methods import DEMONSTRATION_ROWS, ROLLOUT_ROWS
+from hptjax.hpt.method_parts import DEMONSTRATION_ROWS, ROLLOUT_ROWS
 from hptjax.hpt.options import Options
 from hptjax.losses import table
 from hptjax.losses.estimator import Estimator, Need
