@@ -15,6 +15,7 @@ from hptjax.config_methods import (
     MethodName,
     MicroGroupRow,
     RolloutRow,
+    learns_by_sft,
     learns_from_demonstrations,
     learns_from_rollouts,
     samples_per_question,
@@ -42,6 +43,7 @@ def test_config_names_are_those_of_the_table(tmp_path):
         assert (method.rollouts > 0) == learns_from_rollouts(name)
         demonstrations = any(part.kind == "sft" or part.name in ("off", "prefix") for part in method.parts)
         assert demonstrations == learns_from_demonstrations(name)
+        assert any(part.kind == "sft" for part in method.parts) == learns_by_sft(name)
 
 
 @pytest.fixture(scope="module")
