@@ -64,6 +64,8 @@ class ModelConfig:
     path: str | None = None  # folder in the Hugging Face layout; None: from scratch, with `model.shape`
     tokenizer: str | None = None  # folder of the tokenizer; None: the same as `model.path`
     preset: Preset | None = None  # where `model.path` is not set: a published model's shape instead of `model.shape`
+    rope_theta: float | None = None  # base of the rotary wavelengths; None: that of the folder, preset or shape
+    max_positions: int | None = None  # longest context, likewise; an exported folder carries both
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
     remat: Literal["none", "full", "dots", "dots_no_batch", "attention", "offload"] = (
         "none"  # what layers keep for the backward pass, see models/remat.py; "full" keeps least and computes most

@@ -21,7 +21,8 @@ AT_LEAST_ONE = (
     "methods.relift_buffer methods.dapo_draws methods.pear_block_tokens "
     "model.logprob_chunk_tokens model.attention_block hpt.ranks hpt.logical_micro_tokens model.shape.hidden_size "
     "model.shape.num_layers model.shape.num_heads methods.uft_segments "
-    "model.shape.num_kv_heads model.shape.head_dim model.shape.mlp_size model.shape.max_positions"
+    "model.shape.num_kv_heads model.shape.head_dim model.shape.mlp_size model.shape.max_positions "
+    "model.max_positions"
 ).split()
 AT_LEAST_ZERO = (
     "seed task.seed task.low task.target_low task.max_value data.split_seed "
@@ -39,7 +40,7 @@ ABOVE_ZERO = (
     "distributed.timeout_s optimizer.critic_learning_rate hpt.entropy_target hpt.entropy_delta hpt.top_entropy "
     "hpt.clip_bound hpt.correction_cap methods.ppo_gamma methods.ppo_value_coefficient "
     "methods.trsft_floor methods.pear_gamma methods.prefix_clip_low methods.prefix_clip_high "
-    "methods.implicit_beta methods.dpo_beta methods.luffy_gamma methods.relift_clip_norm"
+    "methods.implicit_beta methods.dpo_beta methods.luffy_gamma methods.relift_clip_norm model.rope_theta"
 ).split()
 
 

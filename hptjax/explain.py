@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hptjax.config import Config, ShapeConfig
 from hptjax.config_batch import (
@@ -25,7 +25,7 @@ from hptjax.config_methods import (
     samples_per_bundle,
 )
 from hptjax.masked import inverse_count
-from hptjax.models.presets import PRESETS
+from hptjax.model_shape import decoder_shape
 
 if TYPE_CHECKING:
     from hptjax.build.token_weights import TokenWeight
@@ -228,36 +228,20 @@ def model_shape(config: Config) -> tuple[ShapeConfig, int]:
     Raises
       FileNotFoundError: the folder of model.path or model.tokenizer lacks its JSON file.
     """
-    if config.model.path is None and config.model.preset is not None:
-        preset = PRESETS[config.model.preset]
-        names = {field.name for field in dataclasses.fields(ShapeConfig)}
-        return ShapeConfig(**{name: getattr(preset, name) for name in names}), preset.vocab_size
-    if config.model.path is None:
-        tokenizer = _read(pathlib.Path(config.model.tokenizer or ""), "tokenizer.json", "model.tokenizer")
-        names = set(tokenizer["model"]["vocab"]) | {token["content"] for token in tokenizer.get("added_tokens", [])}
-        return config.model.shape, len(names)
-    values = _read(pathlib.Path(config.model.path), "config.json", "model.path")
-    heads = values["num_attention_heads"]
-    shape = ShapeConfig(
-        hidden_size=values["hidden_size"],
-        num_layers=values["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=values.get("num_key_value_heads", heads),
-        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-        mlp_size=values["intermediate_size"],
-        qk_norm=values.get("model_type") == "qwen3",
-        attention_bias=values.get("model_type") == "qwen2" or bool(values.get("attention_bias", False)),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        max_positions=values.get("max_position_embeddings", 0),
-    )
-    return shape, values["vocab_size"]
+    shape = decoder_shape(config, lambda: _vocabulary(pathlib.Path(config.model.tokenizer or "")))
+    names = [field.name for field in dataclasses.fields(ShapeConfig)]
+    return ShapeConfig(**{name: getattr(shape, name) for name in names}), shape.vocab_size
 
 
-def _read(folder: pathlib.Path, name: str, field: str) -> Any:
-    path = folder / name
+def _vocabulary(folder: pathlib.Path) -> int:
+    """Tokens of the tokenizer in a folder, read from its file alone."""
+    path = folder / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"expected '{path}', found no such file; change {field} (Hugging Face folder layout).")
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise FileNotFoundError(
+            f"expected '{path}', found no such file; change model.tokenizer (Hugging Face folder layout)."
+        )
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    return len(set(tokenizer["model"]["vocab"]) | {token["content"] for token in tokenizer.get("added_tokens", [])})
 
 
 def human_bytes(size: int | float) -> str:

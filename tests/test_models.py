@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import math
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import traverse_util
-from safetensors.numpy import load_file, save_file
 
-from hptjax.models import folder, llama, qwen
+from hptjax.models import llama, qwen
 from hptjax.models.decoder import (
     Cache,
     cache_axes,
@@ -440,146 +436,3 @@ def test_prefill_refuses_a_cache_smaller_than_the_prompt():
             capacity=7,
             compute_dtype=jnp.float32,
         )
-
-
-# ---- the folder ----
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_folder_round_trip_is_bit_equal(family, tmp_path):
-    config = FAMILIES[family]
-    params = random_params(config)
-    folder.save_folder(tmp_path, config, params, dtype=np.float32)
-    read, back = folder.load_folder(tmp_path)
-    assert read == config
-    assert jax.tree.structure(back) == jax.tree.structure(params)
-    jax.tree.map(np.testing.assert_array_equal, back, params)
-    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not config.tie_embeddings)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == family
-
-
-def test_folder_in_bfloat16_rounds_once(tmp_path):
-    config = FAMILIES["qwen3"]
-    params = random_params(config)
-    folder.save_folder(tmp_path, config, params, dtype=jnp.bfloat16)
-    _, once = folder.load_folder(tmp_path)
-    expected = jax.tree.map(lambda v: v.astype(ml_dtypes.bfloat16).astype(np.float32), params)
-    jax.tree.map(np.testing.assert_array_equal, once, expected)
-    folder.save_folder(tmp_path / "again", config, once, dtype="bfloat16")
-    first, second = ((tmp_path / part / "model.safetensors").read_bytes() for part in ("", "again"))
-    assert first == second
-
-
-def test_folder_stores_matrices_as_outputs_by_inputs(tmp_path):
-    """The checkpoint's y = W x, against our einsums, for a query, an output and an unembedding matrix."""
-    config = FAMILIES["qwen3"]
-    params = random_params(config)
-    folder.save_folder(tmp_path, config, params, dtype=np.float32)
-    tensors = load_file(tmp_path / "model.safetensors")
-    x, mixed = np.arange(12, dtype=np.float32), np.arange(24, dtype=np.float32)
-    layers = params["layers"]
-    query = np.einsum("d,dhe->he", x, layers["query"][1])
-    np.testing.assert_allclose(tensors["model.layers.1.self_attn.q_proj.weight"] @ x, query.reshape(24), rtol=1e-4)
-    output = np.einsum("he,hed->d", mixed.reshape(4, 6), layers["output"][0])
-    np.testing.assert_allclose(tensors["model.layers.0.self_attn.o_proj.weight"] @ mixed, output, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(tensors["lm_head.weight"] @ x, x @ params["unembedding"], rtol=1e-4, atol=1e-4)
-
-
-def test_folder_reads_shards(tmp_path):
-    config = FAMILIES["qwen2"]
-    params = random_params(config)
-    folder.save_folder(tmp_path, config, params, dtype=np.float32)
-    tensors = load_file(tmp_path / "model.safetensors")
-    halves = [dict(list(tensors.items())[part::2]) for part in (0, 1)]
-    for number, half in enumerate(halves):
-        save_file(half, tmp_path / f"part-{number}.safetensors")
-    index = {key: f"part-{number}.safetensors" for number, half in enumerate(halves) for key in half}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    (tmp_path / "model.safetensors").unlink()
-    jax.tree.map(np.testing.assert_array_equal, folder.load_folder(tmp_path)[1], params)
-    (tmp_path / "part-1.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"part-1\.safetensors"):
-        folder.load_folder(tmp_path)
-
-
-def test_both_forms_of_the_config_file_read_the_same(tmp_path):
-    config = FAMILIES["llama"]
-    folder.save_folder(tmp_path, config, random_params(config), dtype=np.float32)
-    older = json.loads((tmp_path / "config.json").read_text())
-    newer = {key: value for key, value in older.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
-    newer |= {"dtype": "float32", "rope_parameters": {"rope_theta": older["rope_theta"], **older["rope_scaling"]}}
-    assert folder.read_config(older)[0] == folder.read_config(newer)[0] == config
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "gpt2"}, "model_type must be one of"),
-        ({"attention_bias": True}, "needs attention_bias=False"),
-        ({"mlp_bias": True}, "needs mlp_bias=False"),
-        ({"use_sliding_window": True}, "needs use_sliding_window=False"),
-        ({"hidden_act": "gelu"}, "needs hidden_act='silu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type must be 'default' or 'llama3'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "needs low_freq_factor"),
-        ({"hidden_size": None}, "missing hidden_size"),
-    ],
-)
-def test_folder_refuses_a_config_it_cannot_follow(change, message, tmp_path):
-    config = FAMILIES["qwen3"]
-    folder.save_folder(tmp_path, config, random_params(config), dtype=np.float32)
-    raw = json.loads((tmp_path / "config.json").read_text()) | change
-    with pytest.raises(ValueError, match=message):
-        folder.read_config(raw)
-
-
-def test_folder_refuses_missing_unexpected_and_misshaped_keys_by_name(tmp_path):
-    config = FAMILIES["qwen2"]
-    folder.save_folder(tmp_path, config, random_params(config), dtype=np.float32)
-    path = tmp_path / "model.safetensors"
-    whole = load_file(path)
-
-    def broken(remove=(), add=None):
-        save_file({key: value for key, value in whole.items() if key not in remove} | (add or {}), path)
-        with pytest.raises(ValueError) as caught:
-            folder.load_folder(tmp_path)
-        return str(caught.value)
-
-    assert "missing: model.layers.1.self_attn.k_proj.bias" in broken(remove=["model.layers.1.self_attn.k_proj.bias"])
-    assert "unexpected: lm_head.weight" in broken(add={"lm_head.weight": np.zeros((23, 12), np.float32)})
-    message = broken(add={"model.layers.0.mlp.up_proj.weight": np.zeros((12, 20), np.float32)})
-    assert "model.layers.0.mlp.up_proj.weight (expected [20, 12], found [12, 20])" in message
-    assert "missing: model.norm.weight" in broken(remove=["model.norm.weight"])
-
-
-def test_folder_refuses_absent_and_truncated_files(tmp_path):
-    config = FAMILIES["qwen2"]
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        folder.load_folder(tmp_path)
-    folder.save_folder(tmp_path, config, random_params(config), dtype=np.float32)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        folder.load_folder(tmp_path)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
-        folder.load_folder(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
-        folder.load_folder(tmp_path)
-
-
-def test_save_refuses_what_it_cannot_write(tmp_path):
-    config = FAMILIES["qwen2"]
-    params = random_params(config)
-    with pytest.raises(ValueError, match="got dtype float64"):
-        folder.save_folder(tmp_path, config, params, dtype=np.float64)
-    with pytest.raises(ValueError, match="call to_host first"):
-        folder.save_folder(tmp_path, config, jax.tree.map(jnp.asarray, params), dtype=np.float32)
-    plain = dataclasses.replace(config, attention_bias=False)
-    trimmed = {**params, "layers": {k: v for k, v in params["layers"].items() if k in ("query", "query_bias")}}
-    with pytest.raises(ValueError, match="unexpected layers/query_bias"):
-        folder.save_folder(tmp_path, plain, trimmed, dtype=np.float32)
-    with pytest.raises(ValueError, match="embedding has shape"):
-        folder.save_folder(tmp_path, config, {**params, "embedding": params["embedding"][1:]}, dtype=np.float32)
-    with pytest.raises(ValueError, match="no supported family has both"):
-        folder.save_folder(tmp_path, dataclasses.replace(config, qk_norm=True), params, dtype=np.float32)

@@ -53,7 +53,7 @@ def build_evaluator(config: Config, policy: Policy, questions: Questions, judge:
     make_requests = request_maker(
         count=options.samples_per_question,
         max_completion_tokens=config.rollout.max_completion_tokens,
-        stop_ids=text.stop_ids(policy.tokenizer, config.rollout.stop_ids),
+        stop_ids=policy.stop_ids,
         temperature=options.temperature,
     )
     decode = functools.partial(text.decode, policy.tokenizer)

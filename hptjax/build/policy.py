@@ -13,12 +13,13 @@ import jax.numpy as jnp
 
 from hptjax.build.attention import cache_block, prefill_attention, training_attention
 from hptjax.build.mesh import build_mesh, check_mesh, rollout_rules, training_rules
-from hptjax.config import Config, ShapeConfig
-from hptjax.data.tokenizer import load_tokenizer
+from hptjax.config import Config
+from hptjax.data.tokenizer import load_tokenizer, stop_ids
 from hptjax.losses.logprobs import TokenStats, token_logprobs
+from hptjax.model_shape import decoder_shape
 from hptjax.models import decoder
-from hptjax.models.folder_slices import folder_shape, load_placed
-from hptjax.models.presets import PRESETS
+from hptjax.models.folder_config import read_eos_ids
+from hptjax.models.folder_slices import load_placed
 from hptjax.models.shape import DecoderConfig
 from hptjax.rollout.engine import make_engine
 from hptjax.rollout.programs import DecodeStep, Prefill, RolloutShardings, Unembedding
@@ -36,6 +37,8 @@ class Policy:
     Args
       params: float32, sharded over `mesh` by `rules`. shardings: the same tree. sample: the rollout engine, (params,
         requests, key, *, should_stop, on_wave) -> samples. token_stats: want_entropy -> the model call of the losses.
+      stop_ids: any of them ends a completion: the tokenizer's eos, those of the folder's generation_config.json, and
+        `rollout.stop_ids`.
     """
 
     config: DecoderConfig
@@ -44,6 +47,7 @@ class Policy:
     mesh: jax.sharding.Mesh
     rules: Rules
     tokenizer: Any
+    stop_ids: frozenset[int]
     sample: Callable[..., Any]
     token_stats: Callable[[bool], TokenStatsFn]
 
@@ -75,17 +79,9 @@ def build_policy(config: Config) -> Policy:
     """Loads or makes the model that the config names, puts it on its mesh, and makes its functions."""
     check_mesh(config)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
-    if config.model.path is not None:
-        shape = folder_shape(Path(config.model.path))
-    else:
-        shape = from_scratch(config.model.shape, len(tokenizer))
-        if config.model.preset is not None:
-            shape = PRESETS[config.model.preset]
-    if len(tokenizer) > shape.vocab_size:
-        raise ValueError(
-            f"expected a tokenizer with at most {shape.vocab_size} tokens, the model's vocabulary, got "
-            f"{len(tokenizer)}; change model.tokenizer or model.path"
-        )
+    shape = decoder_shape(config, lambda: len(tokenizer))
+    _check_lengths(config, shape, len(tokenizer))
+    stops = _stop_ids(config, shape, tokenizer)
     mesh = build_mesh(config)
     model = build_functions(config, shape, mesh)
     if config.model.path is not None:
@@ -108,7 +104,7 @@ def build_policy(config: Config) -> Policy:
     )
     if model.decode_weights is not None:
         sample = _on_a_copy(sample, make_reshard(model.decode_shardings, model.decode_weights))
-    return Policy(shape, params, model.shardings, mesh, model.rules, tokenizer, sample, model.token_stats)
+    return Policy(shape, params, model.shardings, mesh, model.rules, tokenizer, stops, sample, model.token_stats)
 
 
 def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mesh) -> Functions:
@@ -201,22 +197,30 @@ def _decode_weights(params: Params, *, dtype: Any) -> Params:
     return jax.tree.map_with_path(cast, params)
 
 
-def from_scratch(shape: ShapeConfig, vocab_size: int) -> DecoderConfig:
-    """The decoder of `model.shape`, with the tokenizer's vocabulary."""
-    return DecoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=shape.hidden_size,
-        num_layers=shape.num_layers,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        mlp_size=shape.mlp_size,
-        rope_theta=shape.rope_theta,
-        qk_norm=shape.qk_norm,
-        attention_bias=shape.attention_bias,
-        tie_embeddings=shape.tie_embeddings,
-        max_positions=shape.max_positions,
-    )
+def _check_lengths(config: Config, shape: DecoderConfig, tokens: int) -> None:
+    if tokens > shape.vocab_size:
+        raise ValueError(
+            f"expected a tokenizer with at most {shape.vocab_size} tokens, the model's vocabulary, got {tokens}; "
+            "change model.tokenizer or model.path"
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    if longest > shape.max_positions:
+        raise ValueError(
+            f"expected a model with a context of at least {longest} tokens (data.max_prompt_tokens + "
+            f"rollout.max_completion_tokens), got max_position_embeddings {shape.max_positions}; change "
+            "rollout.max_completion_tokens or model.max_positions (beside a larger model.rope_theta, as recipes do)"
+        )
+
+
+def _stop_ids(config: Config, shape: DecoderConfig, tokenizer: Any) -> frozenset[int]:
+    of_folder = () if config.model.path is None else read_eos_ids(config.model.path)
+    outside = sorted(token for token in of_folder if token >= shape.vocab_size)
+    if outside:
+        raise ValueError(
+            f"expected the eos_token_id of {config.model.path} below the vocabulary of {shape.vocab_size} tokens, got "
+            f"{outside}; correct its generation_config.json or change model.path"
+        )
+    return stop_ids(tokenizer, (*of_folder, *config.rollout.stop_ids))
 
 
 def _rollout_shardings(

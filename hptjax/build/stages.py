@@ -19,7 +19,6 @@ from hptjax.build.policy import Policy
 from hptjax.config import Config, StageConfig
 from hptjax.config_batch import stage_list
 from hptjax.data.stream import QuestionStream
-from hptjax.data.tokenizer import stop_ids
 from hptjax.hpt.assemble import Update, assemble
 from hptjax.hpt.control import Controls
 from hptjax.hpt.route import Routed
@@ -92,7 +91,7 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         penalty=_overlong_penalty(config) if recipe.method.refills else None,
         start=start,
         micro_step=step.micro_step,
-        plan=build_requests(config, stop_ids(policy.tokenizer, config.rollout.stop_ids), recipe.method.sampled()),
+        plan=build_requests(config, policy.stop_ids, recipe.method.sampled()),
         assemble=_assembler(config, recipe),
         learning_rate=lambda optimizer_step: float(to_host(step.schedule(optimizer_step))),
         score=_score_pass(policy, recipe, scorer),

@@ -7,6 +7,7 @@ a device's part  layers 0..L, D 8..16, H 2..4     reads  rows 2 E..4 E, columns 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import pathlib
@@ -14,54 +15,84 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from hptjax.models.decoder import param_shapes
-from hptjax.models.folder import CONFIG_FILE, check_shapes, open_files, read_config, read_json
+from hptjax.models.folder import open_model
+from hptjax.models.folder_config import read_shape
 from hptjax.models.keys import CheckpointKey
 from hptjax.models.shape import DecoderConfig
-from hptjax.types import Params
+from hptjax.types import Array, Params
 
 Index = tuple[slice, ...]
+Tensors = Callable[[str], Any]
+"""Key of the checkpoint -> what can be sliced as the stored tensor."""
 
 
 def folder_shape(path: str | os.PathLike[str]) -> DecoderConfig:
     """The shape of the model in a folder, from its config alone. Raises as `load_folder`."""
-    return read_config(read_json(pathlib.Path(path) / CONFIG_FILE))[0]
+    return read_shape(path)[0]
 
 
 def load_placed(path: str | os.PathLike[str], shardings: Any) -> Params:
     """The parameters of a folder as float32 device arrays, each process reading the parts that its own devices hold.
 
+    A stacked parameter is filled layer by layer, so that beside the arrays no more than one layer of one parameter, or
+    the embedding, is in the host's memory.
+
     Args
       shardings: of every parameter, in the tree of `hptjax.models.decoder`.
 
-    Raises as `load_folder`.
+    Raises as `load_folder`; of weights that are not finite, a process sees those that it reads.
     """
-    folder = pathlib.Path(path)
-    config, keys = read_config(read_json(folder / CONFIG_FILE))
-    shapes, places = traverse_util.flatten_dict(param_shapes(config)), traverse_util.flatten_dict(shardings)
+    places = traverse_util.flatten_dict(shardings)
     with contextlib.ExitStack() as files:
-        tensors = {
-            name: opened.get_slice(name)
-            for opened in open_files(folder, files)
-            for name in opened.keys()  # noqa: SIM118 (not a dict)
-        }
-        check_shapes(folder, config, keys, {name: tuple(part.get_shape()) for name, part in tensors.items()})
+        config, keys, tensors = open_model(pathlib.Path(path), files)
+        shapes = traverse_util.flatten_dict(param_shapes(config))
         flat = {
-            entry.path: jax.make_array_from_callback(
-                shapes[entry.path], places[entry.path], _reader(entry, shapes[entry.path], tensors.__getitem__)
-            )
+            entry.path: _place(entry, shapes[entry.path], places[entry.path], tensors.__getitem__)
             for entry in keys
             if entry.path in shapes
         }
     return traverse_util.unflatten_dict(flat)
 
 
-def _reader(
-    entry: CheckpointKey, shape: tuple[int, ...], tensor: Callable[[str], Any]
-) -> Callable[[Index | None], Any]:
+def _place(entry: CheckpointKey, shape: tuple[int, ...], place: Any, tensor: Tensors) -> Array:
+    """A parameter where its sharding says."""
+    layer = _layer_sharding(entry, place)
+    if layer is None:
+        return jax.make_array_from_callback(shape, place, _reader(entry, shape, tensor))
+    whole = jnp.zeros(shape, jnp.float32, device=place)
+    for number in range(shape[0]):
+        one = CheckpointKey(("layer",), entry.key.format(layer=number), entry.input_axes)
+        part = jax.make_array_from_callback(shape[1:], layer, _reader(one, shape[1:], tensor))
+        whole = _with_layer(place)(whole, part, number)
+        jax.block_until_ready(whole)  # or the parts of many layers would wait in memory
+    return whole
+
+
+def _layer_sharding(entry: CheckpointKey, place: Any) -> Any:
+    """Where one layer of a stacked parameter lies; None where it is read at once."""
+    if entry.path[0] != "layers":
+        return None
+    if isinstance(place, jax.sharding.SingleDeviceSharding):
+        return place
+    if not isinstance(place, jax.sharding.NamedSharding) or (place.spec and place.spec[0] is not None):
+        return None
+    return place.update(spec=jax.sharding.PartitionSpec(*place.spec[1:]))
+
+
+@functools.cache
+def _with_layer(place: Any) -> Callable[[Array, Array, int], Array]:
+    def write(whole: Array, part: Array, number: Any) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, part, number, 0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=place)
+
+
+def _reader(entry: CheckpointKey, shape: tuple[int, ...], tensor: Tensors) -> Callable[[Index | None], Any]:
     """The function that reads a part of a parameter; a part that several devices hold is read once."""
     known: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
@@ -78,7 +109,7 @@ def read_part(
     entry: CheckpointKey,
     shape: Sequence[int],
     ranges: Sequence[tuple[int, int]],
-    tensor: Callable[[str], Any],
+    tensor: Tensors,
 ) -> np.ndarray:
     """A part of a parameter, float32.
 
@@ -111,7 +142,7 @@ def _read_matrix(
         (start, stop), rest = ranges[group[0]], math.prod(shape[axis] for axis in group[1:])
         blocks.append(slice(start * rest, stop * rest))
         inner |= {group[0]: (0, stop - start)} | {axis: ranges[axis] for axis in group[1:]}
-    read = np.asarray(stored[tuple(blocks)]).astype(np.float32)
+    read = np.asarray(stored[tuple(blocks)], np.float32)
     firsts = {group[0] for group in groups}
     sizes = [inner[axis][1] if axis in firsts else shape[axis] for axis in axes]
     ours = (read if entry.input_axes is None else read.T).reshape(sizes)

@@ -12,7 +12,6 @@ import jax
 
 from hptjax.build.data import build_requests
 from hptjax.build.parts import Parts, fingerprint
-from hptjax.data.tokenizer import stop_ids
 from hptjax.hpt.plan import free_group
 from hptjax.records import Question, Sample
 from hptjax.rundir import write_json
@@ -35,9 +34,7 @@ class Draw:
 def sampled(parts: Parts, params: Params, questions: Sequence[Question], draws: int) -> list[OpenStep]:
     """The questions rolled out `draws` times, as visits 0, 1, ...; judged."""
     config = parts.config
-    plan = build_requests(
-        config, stop_ids(parts.policy.tokenizer, config.rollout.stop_ids), free_group(config.rollout.group_size)
-    )
+    plan = build_requests(config, parts.policy.stop_ids, free_group(config.rollout.group_size))
     key = jax.random.fold_in(parts.key, UPGE_KEY)
     steps = []
     for visit in range(draws):
