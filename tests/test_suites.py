@@ -54,7 +54,7 @@ def test_rows_of_a_suite_are_counted():
     assert len(read_rows(BY_NAME["amc23"], [row] * 40)) == 40
     with pytest.raises(ValueError, match=r"expected 40 rows of amc23 .* got 39; .* --data"):
         read_rows(BY_NAME["amc23"], [row] * 39)
-    with pytest.raises(ValueError, match=r"row 1 of amc23 .*KeyError\('question'\)"):
+    with pytest.raises(ValueError, match=r"row 1 of amc23 .*KeyError\('answer'\)"):
         read_rows(BY_NAME["amc23"], [row, {"problem": "p"}])
     assert len(read_rows(BY_NAME["gsm8k"], [ROWS["gsm8k"][0]] * 3)) == 3  # nobody has counted it
 
