@@ -1,6 +1,7 @@
 # make quickstart   makes .venv, installs the pinned dependencies, trains, prints a table and where the plots are
 # make test         makes .venv if absent, runs the tests, two files at a time
 # make test-full    the slow tests too
+# make test-oracle  parity with transformers, asked live: makes .venv-oracle, with torch and peft
 # make kill-matrix  every broken version against every layer of proof; writes the table into docs/proofs.md
 # make compare      ten methods, five seeds, equal budgets; in the background, and on where it was stopped
 # make base-model   trains the base model that the repository ships
@@ -14,6 +15,7 @@
 
 ACCEL ?= cpu
 VENV ?= .venv
+ORACLE_VENV ?= .venv-oracle
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(ACCEL)
@@ -24,7 +26,7 @@ ifeq ($(filter $(ACCEL),cpu cuda13 tpu),)
 $(error expected ACCEL to be cpu, cuda13 or tpu, got '$(ACCEL)')
 endif
 
-.PHONY: compare plan-1.5b plan-all quickstart test test-full kill-matrix base-model base-model-longer lint venv
+.PHONY: compare plan-1.5b plan-all quickstart test test-full test-oracle kill-matrix base-model base-model-longer lint venv
 
 quickstart: $(STAMP)
 	$(BIN)/hptjax train configs/quickstart.toml
@@ -34,6 +36,10 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not tpu"
+
+test-oracle:
+	$(MAKE) venv VENV=$(ORACLE_VENV) ACCEL=cpu EXTRAS=dev,oracle
+	$(ORACLE_VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/test_oracle_golden.py tests/test_oracle_live.py
 
 kill-matrix: $(STAMP)
 	$(BIN)/python -m tests.proofs.kill_matrix

@@ -1,0 +1,165 @@
+"""transformers asked today, with torch: what it loads of ours, what we load of its, and the same numbers from both.
+
+`make test-oracle` makes the environment; without torch these tests are skipped, and `tests/test_oracle_golden.py` has
+transformers' answers of the day they were written.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hptjax.models.folder import load_folder, save_folder  # noqa: E402
+from hptjax.models.folder_config import write_config  # noqa: E402
+from tests import decoder_calls  # noqa: E402
+from tests.oracles import models, reference  # noqa: E402
+from tests.oracles.cases import (  # noqa: E402
+    FAMILIES,
+    GREEDY_TOKENS,
+    LENGTHS,
+    PROMPT_LENGTHS,
+    TEMPERATURE,
+    golden,
+    padded,
+    sequences,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch and transformers warn of their own affairs
+TOLERANCE = 1e-4
+OTHER_SIZES = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """(name, transformers' model as read from its own folder, that folder, our shape, our parameters)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    made = models.make_model(request.param, seed=11, **OTHER_SIZES)
+    made.save_pretrained(str(folder), max_shard_size="20KB")
+    return request.param, models.load_model(folder), folder, *load_folder(folder)
+
+
+def prompts():
+    return [part[:length] for part, length in zip(sequences(), PROMPT_LENGTHS, strict=True)]
+
+
+def bits(model, dtype="float32"):
+    """Every parameter of a transformers model, by its key, rounded to a type, as bytes."""
+    rounded = {key: value.detach().to(getattr(torch, dtype)).float() for key, value in model.named_parameters()}
+    return {key: value.numpy().tobytes() for key, value in rounded.items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_live_golden_values_are_what_transformers_says_today(name):
+    folder, said = golden(name)
+    found = reference.everything(models.load_model(folder))
+    assert found.keys() == said.keys()
+    for key, value in said.items():
+        if key == "sampled":
+            continue  # torch's generator may change; the tokens that were kept are scored again below
+        if key == "sampled_logprobs":
+            model = models.load_model(folder)
+            value = np.stack(
+                [
+                    reference.completion_logprobs(model, prompt, tokens, TEMPERATURE)
+                    for prompt, tokens in zip(prompts(), said["sampled"], strict=True)
+                ]
+            )
+            np.testing.assert_allclose(value, said[key], rtol=0, atol=1e-5)
+        else:
+            np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def test_live_logits_padded_packed_and_cached(family):
+    _, model, _, config, params = family
+    parts = sequences()
+    expected = reference.logits(model, padded(parts), LENGTHS)
+    *alone, together = decoder_calls.forward_logits(params, config, *decoder_calls.padded_and_packed(parts))
+    cached = decoder_calls.cached_logits(params, config, padded(parts), LENGTHS, PROMPT_LENGTHS)
+    for number, (part, beside) in enumerate(zip(parts, decoder_calls.apart(together, parts), strict=True)):
+        wanted = expected[number, : len(part)]
+        np.testing.assert_allclose(alone[number][: len(part)], wanted, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(beside, wanted, rtol=0, atol=TOLERANCE)
+        theirs = reference.cached_logits(model, part, PROMPT_LENGTHS[number])
+        np.testing.assert_allclose(cached[number], theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_live_loss_and_gradients(family):
+    _, model, _, config, params = family
+    loss, gradients = decoder_calls.loss_and_gradients(params, config, sequences(), PROMPT_LENGTHS)
+    expected_loss, expected = reference.loss_and_gradients(model, sequences(), PROMPT_LENGTHS)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    for key, value in expected.items():
+        assert np.linalg.norm(gradients[key] - value) <= TOLERANCE * np.linalg.norm(value), key
+
+
+def test_live_greedy_and_sampled_tokens(family):
+    """transformers generates what we do, and gives our samples the log-probs that our sampler recorded."""
+    _, model, _, config, params = family
+    ours = decoder_calls.sample(params, config, prompts(), GREEDY_TOKENS, temperature=1.0, top_k=1)
+    theirs = [reference.generate(model, prompt, GREEDY_TOKENS) for prompt in prompts()]
+    assert [sample.completion_tokens.tolist() for sample in ours] == [tokens.tolist() for tokens in theirs]
+    drawn = decoder_calls.sample(params, config, prompts(), 24, temperature=TEMPERATURE)
+    for sample, prompt in zip(drawn, prompts(), strict=True):
+        scored = reference.completion_logprobs(model, prompt, sample.completion_tokens, TEMPERATURE)
+        np.testing.assert_allclose(sample.sampler_logprobs, scored, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shard_bytes", [10**9, 6000])
+def test_live_transformers_loads_what_we_save_to_the_bit(family, tmp_path, dtype, shard_bytes):
+    """No missing and no unexpected key (`load_model` asserts it), the same bits, and the same numbers."""
+    name, model, folder, config, params = family
+    beside = json.loads((folder / "config.json").read_text())
+    save_folder(tmp_path, config, params, dtype=dtype, shard_bytes=shard_bytes, beside=beside)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes == 6000)
+    back = models.load_model(tmp_path)
+    assert bits(back) == bits(model, dtype)
+    assert type(back) is type(model)
+    assert back.config.rope_parameters == model.config.rope_parameters
+    assert back.config.eos_token_id == model.config.eos_token_id
+    if dtype == "float32":
+        rows = padded(sequences())
+        assert np.array_equal(reference.logits(back, rows, LENGTHS), reference.logits(model, rows, LENGTHS))
+    again, params_again = load_folder(tmp_path)
+    assert again == config
+    save_folder(tmp_path / "again", again, params_again, dtype=dtype, shard_bytes=shard_bytes, beside=beside)
+    for path in tmp_path.iterdir():
+        assert path.is_dir() or path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    assert name in FAMILIES
+
+
+def test_live_config_of_the_older_form_means_the_same(family, tmp_path):
+    """The form that we write is the published one: transformers reads the same model from it as from its own."""
+    import transformers
+
+    _, model, folder, config, _ = family
+    raw = json.loads((folder / "config.json").read_text())
+    assert "rope_parameters" in raw
+    assert "rope_scaling" not in raw
+    older = write_config(config, "float32", raw)
+    assert "rope_parameters" not in older
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    read = transformers.AutoConfig.from_pretrained(str(tmp_path))
+    for field in ("rope_parameters", "num_key_value_heads", "tie_word_embeddings", "eos_token_id", "rms_norm_eps"):
+        assert getattr(read, field) == getattr(model.config, field), field
+    assert read.head_dim == config.head_dim
+
+
+def test_live_transformers_loads_broken_folders_that_we_refuse(tmp_path):
+    """A layer left out: transformers makes one up and says so in a log line at most."""
+    from safetensors.numpy import load_file, save_file
+
+    models.make_model("qwen2").save_pretrained(str(tmp_path))
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file({key: value for key, value in tensors.items() if ".layers.1." not in key}, path, {"format": "pt"})
+    with pytest.raises(AssertionError, match="missing"):
+        models.load_model(tmp_path)
+    models.transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.input_layernorm\.weight"):
+        load_folder(tmp_path)
