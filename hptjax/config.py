@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 from hptjax.config_methods import MethodName, MethodsConfig, RolloutRow
 from hptjax.config_text import struct_list
 
+RowFormat = Literal["auto", "verl", "prompt_completion", "messages", "native", "problem_answer", "alpaca"]
+
 Preset = Literal[
     "qwen2.5-0.5b", "qwen2.5-math-1.5b", "qwen2.5-math-7b", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b"
 ]  # the names of models/presets.py
@@ -104,7 +106,10 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FractionsConfig:
-    """Shares of all problems; the base model is trained on a share that nothing else uses."""
+    """Shares of all problems; the base model is trained on a share that nothing else uses.
+
+    Of `data.files`, the training questions have the base model's share and that of each split with files of its own.
+    """
 
     base: float = 0.4
     train: float = 0.4
@@ -113,11 +118,29 @@ class FractionsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Seeded splits, disjoint by canonical instance."""
+class PromptConfig:
+    """How a question of `data.files` is put to the model; a task's own questions are written out already."""
 
+    template: Literal["chat", "plain"] = "chat"  # "chat": by the tokenizer's chat template; "plain": by `plain`
+    plain: str = "{question}"  # template "plain": the prompt, for models without a chat template
+    bos: bool = False  # template "plain": whether the tokenizer's bos stands before it
+    system: str | None = None  # None: the rows' own system turns; "": none; a text: this one instead of theirs
+    suffix: str = ""  # stands after the question, unless the question ends with it
+    end: Literal["turn", "eos"] = "turn"  # of a demonstration: as the template ends a turn, or the tokenizer's eos
+    date: str = "2024-07-26"  # the day that a template is told, so that it renders the same every day
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The questions: from files, or from the task's generator. Splits are seeded, and disjoint by problem."""
+
+    files: tuple[str, ...] = ()  # to learn from: files, folders, or owner/name:config@split of the hub; none: the task
+    validation_files: tuple[str, ...] = ()  # none: a share of `files`
+    test_files: tuple[str, ...] = ()  # none: a share of `files`
+    format: RowFormat = "auto"  # of the rows in these; "auto": by their columns
+    long_demonstrations: Literal["drop", "cut"] = "drop"  # over rollout.max_completion_tokens; "cut": the end is lost
     train_split: Literal["train", "base"] = "train"  # "base": this run makes the base model
-    train_questions: int = 4096  # at most so many are kept of this split; likewise below
+    train_questions: int | None = None  # at most so many are kept of this split; None: all; likewise below
     validation_questions: int = 512  # choose the best checkpoint
     test_questions: int = 1024  # for figures only; they choose nothing
     fractions: FractionsConfig = dataclasses.field(default_factory=FractionsConfig)
@@ -343,6 +366,7 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     hpt: HptConfig = dataclasses.field(default_factory=HptConfig)

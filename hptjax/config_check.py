@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
 
@@ -56,7 +57,8 @@ def check(config: Config, *, sized_only: bool = False) -> None:
     """
     _check_ranges(config)
     _check_names(config, sized_only)
-    _check_task_and_data(config)
+    _check_task(config)
+    _check_data(config)
     _check_rollout(config)
     _check_objective(config)
     _check_batch(config)
@@ -106,7 +108,7 @@ def _check_names(config: Config, sized_only: bool) -> None:
         )
 
 
-def _check_task_and_data(config: Config) -> None:
+def _check_task(config: Config) -> None:
     task, data = config.task, config.data
     if not 2 <= task.numbers <= 5:
         _refuse("task.numbers in 2..5", f"{task.numbers}", "task.numbers")
@@ -116,25 +118,43 @@ def _check_task_and_data(config: Config) -> None:
         _refuse('task.corrupt in [0, 1), and 0 unless data.train_split is "base"', f"{task.corrupt}", "task.corrupt")
     if not task.operators or set(task.operators) - set("+-*/"):
         _refuse("task.operators made of + - * /", repr(task.operators), "task.operators")
-    shares = flatten(resolved(config)["data"]["fractions"])
-    if min(shares.values()) < 0 or sum(shares.values()) > 1 + 1e-9:
-        _refuse("data.fractions of at least 0 that sum to at most 1", f"{shares}", "data.fractions")
-    for name in (data.train_split, "validation", "test"):
-        if shares[name] == 0:
-            _refuse(f"a {name} split that is not empty", "a fraction of 0", f"data.fractions.{name}")
     for low, first, high, second in (
         ("low", task.low, "high", task.high),
         ("target_low", task.target_low, "target_high", task.target_high),
     ):
         if first > second:
             _refuse(f"task.{low} <= task.{high}", f"{first} and {second}", f"task.{low} or task.{high}")
+
+
+def _check_data(config: Config) -> None:
+    data, prompt = config.data, config.prompt
+    shares = flatten(resolved(config)["data"]["fractions"])
+    if min(shares.values()) < 0 or sum(shares.values()) > 1 + 1e-9:
+        _refuse("data.fractions of at least 0 that sum to at most 1", f"{shares}", "data.fractions")
+    apart = {"validation": data.validation_files, "test": data.test_files}
+    for name in (data.train_split, "validation", "test"):
+        if shares[name] == 0 and not apart.get(name):
+            _refuse(f"a {name} split that is not empty", "a fraction of 0", f"data.fractions.{name}")
+    for name, files in apart.items():
+        if files and not data.files:
+            _refuse(f"data.files beside data.{name}_files", "none", f"data.files or data.{name}_files")
+    if data.files and data.train_split != "train":
+        _refuse(
+            'data.train_split "train" where data.files are learned from', repr(data.train_split), "data.train_split"
+        )
     largest = max([data.questions_per_step, *(stage.questions_per_step or 0 for stage in config.stages)])
-    if largest > data.train_questions:
+    if data.train_questions is not None and largest > data.train_questions:
         _refuse(
             "at least as many training questions as one step takes, or no batch can be filled",
             f"data.train_questions {data.train_questions} for {largest} per step",
             "data.train_questions or data.questions_per_step",
         )
+    if "{question}" not in prompt.plain:
+        _refuse("prompt.plain to hold {question}", repr(prompt.plain), "prompt.plain")
+    try:
+        datetime.date.fromisoformat(prompt.date)
+    except ValueError:
+        _refuse("prompt.date as a day such as 2024-07-26", repr(prompt.date), "prompt.date")
 
 
 def _check_rollout(config: Config) -> None:
@@ -339,7 +359,7 @@ def _check_evaluation(config: Config) -> None:
             f"train.panel_questions {config.train.panel_questions} of {evaluation.questions}",
             "train.panel_questions or eval.questions",
         )
-    if evaluation.train_questions > data.train_questions:
+    if data.train_questions is not None and evaluation.train_questions > data.train_questions:
         _refuse(
             f"eval.train_questions of at most data.train_questions ({data.train_questions})",
             f"{evaluation.train_questions}",

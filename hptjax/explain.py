@@ -52,13 +52,23 @@ def stage_lines(config: Config) -> list[str]:
     lines = []
     updates = config.train.updates_per_rollout_batch
     for i, (stage, (_, _, questions)) in enumerate(zip(stage_list(config), steps_of(config), strict=True)):
-        passes = inverse_count(config.data.train_questions) * stage.steps * questions
+        drawn = stage.steps * questions
+        known = _training_questions(config)
+        passes = "" if known is None else f", {inverse_count(known) * drawn:.2f} passes over the training questions"
         lines.append(
             f"{i + 1}. {stage.method}: {stage.steps} steps x {questions} questions, {stage.steps * updates} updates, "
-            f"learning rate {stage.learning_rate or config.optimizer.learning_rate:g}, "
-            f"{passes:.2f} passes over the training questions"
+            f"learning rate {stage.learning_rate or config.optimizer.learning_rate:g}{passes}"
         )
     return lines
+
+
+def _training_questions(config: Config) -> int | None:
+    """How many there are, before any is dropped; None where only the files know."""
+    data = config.data
+    if data.train_questions is not None or data.files:
+        return data.train_questions
+    share = data.fractions.base if data.train_split == "base" else data.fractions.train
+    return max(round(share * config.task.instances), 1)
 
 
 def update_lines(config: Config) -> list[str]:

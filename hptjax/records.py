@@ -60,6 +60,9 @@ class Example:
       answer: what the verifier needs, made of JSON values only (it travels to another process).
       canonical: equal for two instances that are the same problem; splits are disjoint in it.
       level: difficulty, 0 upwards.
+      messages: the turns before the completion, each with `role` and `content`, that `prompt` is a rendering of; empty
+        where the prompt is a text of its own.
+      tools: what the turns may call, as JSON schemas.
     """
 
     question_id: int
@@ -68,6 +71,8 @@ class Example:
     answer: Mapping[str, Any]
     canonical: str
     level: int = 0
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

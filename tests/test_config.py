@@ -108,6 +108,8 @@ def other_value(hint: typing.Any, value: typing.Any) -> tuple[list[str], typing.
         return ["[{count = 4, ratio = 0.5, below = 1}]"], (MicroGroupRow(4, 0.5, 1.0),)
     if hint == tuple[RuleConfig, ...]:
         return ['[{axis = "embed", over = ["data", "fsdp"]}]'], (RuleConfig("embed", ("data", "fsdp")),)
+    if hint == tuple[str, ...]:
+        return ["one", "two"], ("one", "two")
     if typing.get_origin(hint) is tuple:
         return ["3", "5"], (3, 5)
     hint = next((option for option in typing.get_args(hint) if typing.get_origin(option) is typing.Literal), hint)
@@ -275,7 +277,14 @@ def test_config_nearest_key_survives_a_lost_letter(path):
         ({"model__tokenizer": None}, ["a tokenizer folder", "model.path or model.tokenizer"]),
         ({"name": "../elsewhere"}, ["a name of letters", "change name"]),
         ({"stages": (StageConfig("sft", 0),)}, ["at least 1 step", "stages.0.steps"]),
-        ({"stages": (StageConfig("sft", 1, questions_per_step=5000),)}, ["4096 for 5000"]),
+        (
+            {"stages": (StageConfig("sft", 1, questions_per_step=5000),), "data__train_questions": 4096},
+            ["4096 for 5000"],
+        ),
+        ({"data__test_files": ("a.jsonl",)}, ["data.files beside data.test_files"]),
+        ({"data__files": ("a.jsonl",), "data__train_split": "base"}, ["data.train_split"]),
+        ({"prompt__plain": "Question:"}, ["{question}", "prompt.plain"]),
+        ({"prompt__date": "yesterday"}, ["2024-07-26", "prompt.date"]),
         ({"task__low": 21}, ["task.low <= task.high", "21 and 20"]),
         ({"task__numbers": 6}, ["task.numbers in 2..5"]),
     ],

@@ -10,7 +10,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hptjax.data.prepare import DROP_REASONS, prepare_questions
+from hptjax.data.prepare import DROP_REASONS, Limits, prepare_questions
+from hptjax.data.prompts import as_written, make_encode
 from hptjax.data.split import split_by_canonical, split_position
 from hptjax.data.stream import QuestionStream
 from hptjax.data.tokenizer import (
@@ -145,15 +146,27 @@ def test_tokenizer_decode_drops_specials_at_the_end_only(tokenizer):
 # Prepare
 
 
-def prepared(tokenizer, examples, *, max_prompt_tokens=24, max_completion_tokens=24):
+def encoder(tokenizer, write=as_written):
+    return make_encode(
+        tokenizer,
+        write,
+        start=[tokenizer.bos_token_id],
+        stop=np.asarray([tokenizer.eos_token_id], np.int32),
+        rendered=False,
+    )
+
+
+def judge(texts, answers):
+    return [verify(text, answer) for text, answer in zip(texts, answers, strict=True)]
+
+
+def prepared(tokenizer, examples, *, max_prompt_tokens=24, max_completion_tokens=24, judge=judge, **limits):
     return prepare_questions(
         examples,
-        encode_prompt=functools.partial(encode_prompt, tokenizer),
-        encode_demonstration=functools.partial(encode_demonstration, tokenizer),
+        encode=encoder(tokenizer),
         decode=functools.partial(decode, tokenizer),
-        judge=lambda texts, answers: [verify(text, answer) for text, answer in zip(texts, answers, strict=True)],
-        max_prompt_tokens=max_prompt_tokens,
-        max_completion_tokens=max_completion_tokens,
+        judge=judge,
+        limits=Limits(max_prompt_tokens, max_completion_tokens, **limits),
     )
 
 
@@ -167,17 +180,46 @@ def test_prepare_drops_and_counts_each_reason(tokenizer):
         "demonstration_too_long": replace(good[3], demonstration=good[3].demonstration + "," + "1-1=0," * 5),
         "demonstration_unverified": replace(good[4], demonstration="1+1=2,2+1=4"),
     }
-    kept, dropped = prepared(tokenizer, [*good[5:8], *bad.values(), *good[8:], bad["not_encodable"]])
-    assert [q.example for q in kept] == good[5:]
-    assert dropped == {**dict.fromkeys(DROP_REASONS, 1), "not_encodable": 2}
-    assert prepared(tokenizer, good)[1] == dict.fromkeys(DROP_REASONS, 0)
+    found = prepared(tokenizer, [*good[5:8], *bad.values(), *good[8:], bad["not_encodable"]])
+    assert [q.example for q in found.questions] == good[5:]
+    assert found.dropped == {**dict.fromkeys(DROP_REASONS, 0), **dict.fromkeys(bad, 1), "not_encodable": 2}
+    assert prepared(tokenizer, good).dropped == dict.fromkeys(DROP_REASONS, 0)
+
+
+def test_prepare_keeps_questions_without_a_demonstration_where_none_is_needed(tokenizer):
+    """Evaluation, and RL alone: a demonstration that is absent, broken, too long or wrong costs nothing but itself."""
+    good = write_examples(enumerate_instances(3, 1, 4, 1, 30)[:5], seed=0)
+    replace = dataclasses.replace
+    spoiled = [
+        replace(good[0], demonstration=""),
+        replace(good[1], demonstration="one and two"),
+        replace(good[2], demonstration=good[2].demonstration + "," + "1-1=0," * 5),
+        replace(good[3], demonstration="1+1=2,2+1=4"),
+        replace(good[4], answer={}),
+    ]
+    found = prepared(tokenizer, spoiled, demonstration=False, answer=True)
+    assert [len(q.demonstration_tokens) for q in found.questions] == [0, 0, 0, len("1+1=2,2+1=4") + 1]
+    assert found.dropped == {**dict.fromkeys(DROP_REASONS, 0), "no_answer": 1}
+    assert found.changed == {"demonstration_cut": 0, "without_demonstration": 3}
+
+
+def test_prepare_cuts_a_long_demonstration_only_where_it_is_told_to(tokenizer):
+    """The verifier judges the whole of it; what is trained on has no stop token."""
+    (long,) = write_examples(enumerate_instances(3, 3, 3, 1, 9)[:1], seed=0)
+    limit = len(long.demonstration) - 2
+    with pytest.raises(ValueError, match="'demonstration_too_long': 1"):
+        prepared(tokenizer, [long], max_completion_tokens=limit)
+    found = prepared(tokenizer, [long], max_completion_tokens=limit, cut=True)
+    assert decode(tokenizer, found.questions[0].demonstration_tokens) == long.demonstration[:limit]
+    assert tokenizer.eos_token_id not in found.questions[0].demonstration_tokens
+    assert found.changed == {"demonstration_cut": 1, "without_demonstration": 0}
 
 
 def test_prepare_limits_count_the_stop_token_and_the_first_token(tokenizer):
     """hpt.md property 16: a demonstration of n characters is n + 1 tokens; it fits a limit of n + 1 and not of n."""
     written = write_examples(enumerate_instances(3, 3, 3, 1, 9)[:1], seed=0)
     n, p = len(written[0].demonstration), len(written[0].prompt)
-    kept, _ = prepared(tokenizer, written, max_prompt_tokens=p + 1, max_completion_tokens=n + 1)
+    kept = prepared(tokenizer, written, max_prompt_tokens=p + 1, max_completion_tokens=n + 1).questions
     assert len(kept[0].demonstration_tokens) == n + 1
     assert len(kept[0].prompt_tokens) == p + 1
     assert kept[0].demonstration_tokens[-1] == tokenizer.eos_token_id
@@ -198,19 +240,17 @@ def test_prepare_refuses_when_nothing_is_left(tokenizer):
 def test_prepare_judges_what_the_tokens_say(tokenizer):
     seen = []
 
-    def judge(texts, answers):
+    def solves_all(texts, answers):
         seen.extend(texts)
         return [Verdict(1.0, True, "correct")] * len(texts)
 
     written = write_examples(enumerate_instances(3, 2, 3, 1, 30), seed=0)
     prepare_questions(
         written,
-        encode_prompt=functools.partial(encode_prompt, tokenizer),
-        encode_demonstration=lambda text: encode_demonstration(tokenizer, text[:-1]),  # an encoder that loses text
+        encode=encoder(tokenizer, lambda e: dataclasses.replace(e, demonstration=e.demonstration[:-1])),  # loses text
         decode=functools.partial(decode, tokenizer),
-        judge=judge,
-        max_prompt_tokens=24,
-        max_completion_tokens=24,
+        judge=solves_all,
+        limits=Limits(24, 24),
     )
     assert seen == [e.demonstration[:-1] for e in written]
 

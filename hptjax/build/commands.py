@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from hptjax.build.data import request_maker
 from hptjax.build.parts import Parts, open_parts
 from hptjax.build.weights import load_weights
 from hptjax.config import Config
 from hptjax.data import tokenizer as text
-from hptjax.records import Example, Question
+from hptjax.records import Question
 
 SAMPLE_KEY = 2  # beside the keys of training and evaluation
 
@@ -54,12 +53,17 @@ def sample(config: Config, prompt: str | None, *, count: int, checkpoint: str = 
 
 
 def _asked(parts: Parts, prompt: str) -> Question:
-    tokens = text.encode_prompt(parts.policy.tokenizer, prompt)
+    (question,) = parts.questions.prompts.encode([parts.questions.prompts.ask(prompt)])
+    if isinstance(question, str):
+        text.encode_prompt(parts.policy.tokenizer, prompt)  # says which character it is
+        raise ValueError(
+            f"expected a prompt that can be put to the model, got one that is {question!r}; change --prompt"
+        )
+    tokens = question.prompt_tokens
     limit = parts.config.rollout.prompt_buckets[-1]
     if len(tokens) > limit:
         raise ValueError(
             f"expected a prompt of at most {limit} tokens (rollout.prompt_buckets), got {len(tokens)}; "
             "shorten it or change rollout.prompt_buckets"
         )
-    example = Example(question_id=0, prompt=prompt, demonstration="", answer={}, canonical=prompt)
-    return Question(example, tokens, np.zeros(0, np.int32))
+    return question

@@ -1,17 +1,21 @@
-"""From the config's task to questions: instances, disjoint splits, text, tokens, verified demonstrations."""
+"""From the config's files or task to questions: disjoint splits, text, tokens, verified demonstrations."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from hptjax.build.files import file_examples, files_record
+from hptjax.build.prompts import PromptFormat
 from hptjax.config import Config, TaskConfig
+from hptjax.config_batch import steps_of
+from hptjax.config_methods import learns_from_demonstrations
 from hptjax.data import tokenizer as text
-from hptjax.data.prepare import prepare_questions
+from hptjax.data.prepare import Limits, prepare_questions
 from hptjax.data.split import split_by_canonical
 from hptjax.hpt.plan import PrefixPlan
 from hptjax.records import (
@@ -34,12 +38,20 @@ from hptjax.tasks.task import Task
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Questions:
-    """The splits as questions with unique ids over all of them, and how many examples were dropped, by reason."""
+    """The splits as questions with unique ids over all of them.
+
+    Args
+      dropped: split, or data file -> reason -> how many examples, or rows, were dropped.
+      prompts: how an example becomes a question.
+      record: what else is known of the data, as JSON values: files, prompt format, changed demonstrations.
+    """
 
     train: list[Question]
     validation: list[Question]
     test: list[Question]
     dropped: Mapping[str, Mapping[str, int]]
+    prompts: PromptFormat
+    record: Mapping[str, Any]
 
 
 def build_task(task: TaskConfig, *, corrupt: float = 0.0) -> Task:
@@ -68,11 +80,9 @@ def build_splits(config: Config, task: Task) -> dict[str, list[Any]]:
     """
     data = config.data
     fractions = {name: share for name, share in dataclasses.asdict(data.fractions).items() if share > 0}
-    limits = {
-        data.train_split: data.train_questions,
-        "validation": data.validation_questions,
-        "test": data.test_questions,
-    }
+    limits = {"validation": data.validation_questions, "test": data.test_questions}
+    if data.train_questions is not None:
+        limits[data.train_split] = data.train_questions
     instances = task.generate(config.task.seed, config.task.instances)
     splits = split_by_canonical(instances, seed=data.split_seed, fractions=fractions, limits=limits)
     return {"train": splits[data.train_split], "validation": splits["validation"], "test": splits["test"]}
@@ -90,15 +100,63 @@ def build_examples(config: Config, task: Task) -> dict[str, list[Example]]:
     return written
 
 
-def build_questions(config: Config, task: Task, tokenizer: Any, pool: RewardPool) -> Questions:
+def build_questions(config: Config, task: Task, tokenizer: Any, prompts: PromptFormat, pool: RewardPool) -> Questions:
     """The splits with tokens, their demonstrations verified; what does not fit is dropped and counted.
 
-    The demonstrations of a corpus that is corrupt on purpose (`task.corrupt`) are taken as they are.
+    The demonstrations of a corpus that is corrupt on purpose (`task.corrupt`) are taken as they are. Of data files only
+    training questions need a demonstration, and those only where a stage learns from demonstrations; the answer that a
+    question is judged by is needed throughout.
     """
+    found = file_examples(config) if config.data.files else None
+    examples = build_examples(config, task) if found is None else found.splits
+    prepared = {
+        name: prepare_questions(
+            split if name != "train" or _learns(config) else [dataclasses.replace(e, demonstration="") for e in split],
+            encode=prompts.encode,
+            decode=functools.partial(text.decode, tokenizer),
+            judge=None if name == "train" and config.task.corrupt > 0 else _in_shares(task, pool),
+            limits=build_limits(config, name),
+        )
+        for name, split in examples.items()
+    }
+    dropped: dict[str, dict[str, int]] = {name: dict(split.dropped) for name, split in prepared.items()}
+    record: dict[str, Any] = {}
+    if found is not None:
+        dropped = {count.name: dict(count.dropped) for count in found.files} | {
+            name: {**found.left_out[name], **reasons} for name, reasons in dropped.items()
+        }
+        record = {
+            "files": files_record(found),
+            "prompt": prompts.record,
+            "changed": {name: split.changed for name, split in prepared.items()},
+        }
+    splits = {name: split.questions for name, split in prepared.items()}
+    return Questions(dropped=dropped, prompts=prompts, record=record, **splits)
+
+
+def build_limits(config: Config, split: str) -> Limits:
+    """What an example of a split must have. A task's own examples have everything, so a lack is a fault of theirs."""
+    data = config.data
+    return Limits(
+        prompt_tokens=data.max_prompt_tokens,
+        completion_tokens=config.rollout.max_completion_tokens,
+        demonstration=not data.files or (split == "train" and _learns(config)),
+        answer=True,
+        cut=data.long_demonstrations == "cut",
+    )
+
+
+def _learns(config: Config) -> bool:
+    """Whether demonstrations of training questions are used; those of a task's own questions are always there."""
+    learned = any(learns_from_demonstrations(method) for _, method, _ in steps_of(config))
+    return not config.data.files or (config.data.demonstrations and learned)
+
+
+def _in_shares(task: Task, pool: RewardPool) -> Callable[[Sequence[str], Sequence[Mapping[str, Any]]], list[Verdict]]:
+    """The task's verifier; every process verifies its share of the demonstrations."""
     verify = functools.partial(pool.judge, task.verify)
 
     def verified(completions: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """Every process verifies its share of the demonstrations."""
         return in_shares(
             list(zip(completions, answers, strict=True)),
             lambda own: verify([completion for completion, _ in own], [answer for _, answer in own]),
@@ -107,23 +165,7 @@ def build_questions(config: Config, task: Task, tokenizer: Any, pool: RewardPool
             decode=lambda _, said: Verdict(*said),
         )
 
-    prepared: dict[str, list[Question]] = {}
-    dropped: dict[str, dict[str, int]] = {}
-    for name, examples in build_examples(config, task).items():
-        prepared[name], dropped[name] = prepare_questions(
-            examples,
-            encode_prompt=functools.partial(text.encode_prompt, tokenizer),
-            encode_demonstration=functools.partial(text.encode_demonstration, tokenizer),
-            decode=functools.partial(text.decode, tokenizer),
-            judge=_take_all if name == "train" and config.task.corrupt > 0 else verified,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_completion_tokens=config.rollout.max_completion_tokens,
-        )
-    return Questions(dropped=dropped, **prepared)
-
-
-def _take_all(completions: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    return [Verdict(0.0, True, "unverified corpus") for _ in completions]
+    return verified
 
 
 def build_judge(config: Config, task: Task, tokenizer: Any, pool: RewardPool) -> Judge:

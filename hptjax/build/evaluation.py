@@ -101,7 +101,7 @@ def build_evaluator(config: Config, policy: Policy, questions: Questions, judge:
                         for line in panel_rows(result, panel, decode, step=step):
                             file.write(line)
             loss = heldout_demonstration_nll(params, demonstrations(), score)
-            return row | {"probe/heldout_demo_nll": loss.per_token}
+            return row | ({"probe/heldout_demo_nll": loss.per_token} if loss.tokens else {})
 
         return at_step
 
@@ -175,7 +175,10 @@ def _halves(result: EvalResult) -> list[list[int]]:
 
 
 def _demonstration_batches(config: Config, policy: Policy, questions: Sequence[Question]) -> list[MicroBatch]:
-    """The demonstrations of held-out questions, packed and placed."""
+    """The demonstrations of those held-out questions that have one, packed and placed."""
+    questions = [question for question in questions if len(question.demonstration_tokens)]
+    if not questions:
+        return []
     term = Term("demonstration", frozenset({Source.DEMONSTRATION}), 1.0, token_mean, ones)
     update = assemble(
         [demonstration_sample(question) for question in questions],

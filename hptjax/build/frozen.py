@@ -100,7 +100,7 @@ def add_frozen(
 
 
 def with_author_logprobs(config: Config, policy: Policy, questions: Sequence[Question]) -> list[Question]:
-    """The questions with `demonstration_logprobs`, scored once by `model.demonstration_author`."""
+    """The questions with `demonstration_logprobs`, scored once by `model.demonstration_author`, if they have any."""
     assert config.model.demonstration_author is not None
     scorer = frozen_scorer(config, policy, config.model.demonstration_author, "model.demonstration_author")
     batch = config.batch
@@ -110,7 +110,7 @@ def with_author_logprobs(config: Config, policy: Policy, questions: Sequence[Que
     for first in range(0, len(questions), at_once):
         part = questions[first : first + at_once]
         update = assemble(
-            [demonstration_sample(question) for question in part],
+            [demonstration_sample(question) for question in part if len(question.demonstration_tokens)],
             [everything],
             rows=batch.rows,
             row_tokens=batch.row_tokens,
@@ -126,6 +126,8 @@ def with_author_logprobs(config: Config, policy: Policy, questions: Sequence[Que
                 question,
                 demonstration_logprobs=logprobs[question.question_id][len(question.prompt_tokens) - 1 :],
             )
+            if question.question_id in logprobs
+            else question
             for question in part
         ]
     return scored

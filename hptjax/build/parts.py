@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from hptjax.build.data import Questions, build_judge, build_questions, build_task
 from hptjax.build.evaluation import Evaluator, build_evaluator
 from hptjax.build.frozen import with_author_logprobs
 from hptjax.build.policy import Policy, build_policy
+from hptjax.build.prompts import build_prompts
 from hptjax.config import Config, resolved
 from hptjax.records import Judge, Question, Sample, Verdict
 from hptjax.rewards.pool import RewardPool
@@ -47,7 +49,8 @@ def open_parts(config: Config) -> Iterator[Parts]:
     phase("preparing the questions")
     task = build_task(config.task)
     with RewardPool(workers=config.reward.workers, deadline_s=config.reward.deadline_s) as pool:
-        questions = build_questions(config, task, policy.tokenizer, pool)
+        prompts = build_prompts(config, policy.tokenizer, policy.stop_ids)
+        questions = build_questions(config, task, policy.tokenizer, prompts, pool)
         if config.model.demonstration_author is not None:
             phase("scoring the demonstrations")
             questions = dataclasses.replace(questions, train=with_author_logprobs(config, policy, questions.train))
@@ -78,14 +81,20 @@ def _judge_in_shares(judge: Judge) -> Judge:
 
 def _check_same_questions(questions: Questions) -> None:
     """Raises ValueError where the processes have read different data."""
-    read = {
-        split: [
-            [q.question_id, q.example.canonical, q.prompt_tokens.tolist(), q.demonstration_tokens.tolist()]
-            for q in getattr(questions, split)
-        ]
-        for split in ("train", "validation", "test")
-    }
+    read = {split: _questions_digest(getattr(questions, split)) for split in ("train", "validation", "test")}
     check_same(read, "the questions", "give every process the same data and tokenizer")
+
+
+def _questions_digest(questions: Sequence[Question]) -> str:
+    """Of ids, problems and tokens, in their order."""
+    digest = hashlib.sha256()
+    for question in questions:
+        tokens = [question.prompt_tokens, question.demonstration_tokens]
+        sizes = " ".join(str(len(each)) for each in tokens)
+        digest.update(f"{question.question_id} {sizes} {question.example.canonical}\x00".encode())
+        for each in tokens:
+            digest.update(np.asarray(each, np.int32).tobytes())
+    return digest.hexdigest()
 
 
 def use_compile_cache() -> None:

@@ -22,7 +22,7 @@ from hptjax.build.world import Saver, build_cadence, build_telemetry, build_worl
 from hptjax.config import Config, resolved
 from hptjax.masked import mean
 from hptjax.records import Question
-from hptjax.rundir import check_seen, held, mark, open_run_folder, read_json, run_folder, write_json
+from hptjax.rundir import check_seen, has_begun, held, mark, open_run_folder, read_json, run_folder, write_json
 from hptjax.sharding.agree import check_same, from_first
 from hptjax.sharding.distributed import initialize
 from hptjax.sharding.host import to_host
@@ -96,6 +96,7 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
     """The run from where its folder stands to its summary; every part of it stands below or in `build.world`."""
     config = parts.config
     began = time.monotonic()
+    from_first(lambda: _check_prompt_format(parts, folder), "comparing the prompt format")
     stages = build_stages(config, parts.policy, parts.questions.train)
     questions = {question.question_id: question for question in parts.questions.train}
     with open_checkpoints(
@@ -156,6 +157,19 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
             return summary
 
         return from_first(sum_up, "summing up the run")
+
+
+def _check_prompt_format(parts: Parts, folder: Path) -> None:
+    """Raises ValueError where a run that has begun was started with prompts that read differently."""
+    path = folder / "data.json"
+    recorded = read_json(path).get("prompt") if path.exists() and has_begun(folder) else None
+    present = parts.questions.record.get("prompt")
+    if recorded is not None and recorded != present:
+        raise ValueError(
+            f"expected the prompt format that run folder '{folder}' was started with, {recorded}, got {present}: the "
+            "tokenizer's chat template, or what renders it, has changed; put it back, or give the run another name "
+            "(--name)."
+        )
 
 
 def _nowhere(row: Mapping[str, Any]) -> None:
@@ -261,6 +275,7 @@ def _data_record(parts: Parts) -> dict[str, Any]:
     prompts = np.asarray([len(question.prompt_tokens) for question in questions.train])
     demonstrations = np.asarray([len(question.demonstration_tokens) for question in questions.train])
     return {
+        **questions.record,
         "questions": {name: len(getattr(questions, name)) for name in ("train", "validation", "test")},
         "dropped": questions.dropped,
         "mean_prompt_tokens": mean(prompts),

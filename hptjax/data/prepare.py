@@ -2,87 +2,172 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from hptjax.data.prompts import Encode
 from hptjax.records import Example, Question, Verdict
 
 # Why an example was dropped; the first that applies, in this order.
 DROP_REASONS = (
     "no_demonstration",
+    "no_answer",
     "not_encodable",
+    "several_turns",
+    "template_refused",
+    "template_prefix",
+    "template_changed",
     "prompt_too_long",
     "demonstration_too_long",
     "demonstration_unverified",
 )
+CHUNK = 256  # examples encoded together
 
 Judge = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Sequence[Verdict]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an example must have to be used.
+
+    Args
+      prompt_tokens: of the prompt, everything before the completion included.
+      completion_tokens: of demonstration and stop token together (`spec/hpt.md` section 6, property 16).
+      demonstration: whether a question without one is of no use. Where it is, one that does not fit is left out, and
+        the question stays.
+      answer: whether a question without one, which cannot be judged, is of no use.
+      cut: a demonstration that is too long loses its end, stop token included, instead of being dropped.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    demonstration: bool = True
+    answer: bool = False
+    cut: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """What became of some examples.
+
+    Args
+      dropped: by `DROP_REASONS`, 0 where nothing was.
+      changed: of the kept ones: "demonstration_cut", "without_demonstration".
+    """
+
+    questions: list[Question]
+    dropped: dict[str, int]
+    changed: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outcome:
+    """One example: its question as encoded, whole, and why it is dropped; None where there is none."""
+
+    example: Example
+    question: Question | None
+    reason: str | None
 
 
 def prepare_questions(
     examples: Sequence[Example],
     *,
-    encode_prompt: Callable[[str], np.ndarray],
-    encode_demonstration: Callable[[str], np.ndarray],
+    encode: Encode,
     decode: Callable[[np.ndarray], str],
-    judge: Judge,
-    max_prompt_tokens: int,
-    max_completion_tokens: int,
-) -> tuple[list[Question], dict[str, int]]:
-    """The examples that can be trained on, in their order, and how many were dropped for each of `DROP_REASONS`.
+    judge: Judge | None,
+    limits: Limits,
+) -> Prepared:
+    """The examples that can be used, in their order.
 
     Args
-      encode_prompt, encode_demonstration, decode: text to tokens and back; a demonstration's tokens end with the stop
-        token. An encoder refuses a text by ValueError.
-      judge: (completions, answers) -> verdicts, the task's verifier; it sees what the tokens say, not the source text.
-      max_prompt_tokens: limit on the prompt, `<bos>` included.
-      max_completion_tokens: limit on demonstration and stop token together (`spec/hpt.md` section 6, property 16).
-    Returns
-      questions; counts with every reason as a key, 0 where nothing was dropped.
+      encode: examples to questions; a demonstration's tokens end with the stop token. decode: tokens to text.
+      judge: (completions, answers) -> verdicts on the demonstrations; it sees what the tokens say, not the source text.
+        None: they are taken as they are, like those that are not needed.
     Raises
       nothing left -> ValueError with the counts and the fields to change.
     """
     dropped = dict.fromkeys(DROP_REASONS, 0)
     fitting: list[Question] = []
-    for example in examples:
-        question = _encode(example, encode_prompt, encode_demonstration)
-        reason = None if isinstance(question, str) else _misfit(question, max_prompt_tokens, max_completion_tokens)
-        if isinstance(question, str):
-            dropped[question] += 1
-        elif reason is not None:
-            dropped[reason] += 1
+    for outcome in outcomes(examples, encode, limits):
+        if outcome.reason is not None:
+            dropped[outcome.reason] += 1
         else:
-            fitting.append(question)
-    texts = [decode(question.demonstration_tokens) for question in fitting]
-    verdicts = judge(texts, [question.example.answer for question in fitting]) if fitting else []
-    questions = [question for question, verdict in zip(fitting, verdicts, strict=True) if verdict.solved]
+            assert outcome.question is not None
+            fitting.append(outcome.question)
+    questions = fitting
+    if judge is not None and limits.demonstration:
+        questions = [question for question, verdict in judged(fitting, decode, judge) if verdict.solved]
     dropped["demonstration_unverified"] = len(fitting) - len(questions)
     if not questions:
         raise ValueError(
             f"expected at least one of {len(examples)} examples to be usable, got none; dropped: {dropped}; change "
-            f"data.max_prompt_tokens ({max_prompt_tokens}), rollout.max_completion_tokens ({max_completion_tokens}), "
-            f"or the task that writes the demonstrations"
+            f"data.max_prompt_tokens ({limits.prompt_tokens}), rollout.max_completion_tokens "
+            f"({limits.completion_tokens}), data.files, or the task that writes the demonstrations"
         )
-    return questions, dropped
+    limit = limits.completion_tokens
+    changed = {
+        "demonstration_cut": sum(len(question.demonstration_tokens) > limit for question in questions),
+        "without_demonstration": sum(len(question.demonstration_tokens) == 0 for question in questions),
+    }
+    questions = [dataclasses.replace(q, demonstration_tokens=q.demonstration_tokens[:limit]) for q in questions]
+    return Prepared(questions, dropped, changed)
 
 
-def _encode(
-    example: Example, encode_prompt: Callable[[str], np.ndarray], encode_demonstration: Callable[[str], np.ndarray]
-) -> Question | str:
-    """The question, or the reason why there is none."""
-    if not example.demonstration:
+def outcomes(examples: Sequence[Example], encode: Encode, limits: Limits) -> Iterator[Outcome]:
+    """What becomes of each example before its demonstration is judged, in their order."""
+    for first in range(0, len(examples), CHUNK):
+        chunk = examples[first : first + CHUNK]
+        lacking = [_lacks(example, limits) for example in chunk]
+        whole = iter(_encoded([e for e, reason in zip(chunk, lacking, strict=True) if reason is None], encode, limits))
+        for example, reason in zip(chunk, lacking, strict=True):
+            question = None if reason is not None else next(whole)
+            if isinstance(question, Question):
+                yield Outcome(example, question, _misfit(question, limits))
+            else:
+                yield Outcome(example, None, reason or question)
+
+
+def judged(
+    questions: Sequence[Question], decode: Callable[[np.ndarray], str], judge: Judge
+) -> list[tuple[Question, Verdict]]:
+    """The questions, each with the verifier's word on its demonstration as the tokens say it."""
+    if not questions:
+        return []
+    texts = [decode(question.demonstration_tokens) for question in questions]
+    verdicts = judge(texts, [question.example.answer for question in questions])
+    return list(zip(questions, verdicts, strict=True))
+
+
+def _lacks(example: Example, limits: Limits) -> str | None:
+    if limits.demonstration and not example.demonstration:
         return "no_demonstration"
-    try:
-        return Question(example, encode_prompt(example.prompt), encode_demonstration(example.demonstration))
-    except ValueError:
-        return "not_encodable"
+    return "no_answer" if limits.answer and not example.answer else None
 
 
-def _misfit(question: Question, max_prompt_tokens: int, max_completion_tokens: int) -> str | None:
-    if len(question.prompt_tokens) > max_prompt_tokens:
+def _encoded(examples: Sequence[Example], encode: Encode, limits: Limits) -> list[Question | str]:
+    """The examples encoded; where a demonstration is not needed, without one that stands in the way."""
+    found = encode(examples)
+    if limits.demonstration:
+        return found
+    again = [place for place, each in enumerate(found) if isinstance(each, str) and examples[place].demonstration]
+    bare = encode([dataclasses.replace(examples[place], demonstration="") for place in again])
+    for place, each in zip(again, bare, strict=True):
+        found[place] = each
+    return [_without_long(each, limits) if isinstance(each, Question) else each for each in found]
+
+
+def _without_long(question: Question, limits: Limits) -> Question:
+    if len(question.demonstration_tokens) <= limits.completion_tokens:
+        return question
+    return dataclasses.replace(question, demonstration_tokens=question.demonstration_tokens[:0])
+
+
+def _misfit(question: Question, limits: Limits) -> str | None:
+    if len(question.prompt_tokens) > limits.prompt_tokens:
         return "prompt_too_long"
-    if len(question.demonstration_tokens) > max_completion_tokens:
+    if len(question.demonstration_tokens) > limits.completion_tokens and not limits.cut:
         return "demonstration_too_long"
     return None

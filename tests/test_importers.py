@@ -1,0 +1,346 @@
+"""Rows of published formats, written here by the libraries that write them: kept, or counted with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import random
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hptjax.build.files import FORMATS, choose_importer
+from hptjax.data import importers
+from hptjax.data.identity import canonical_text, content_ids
+from hptjax.data.imported import read_examples
+from hptjax.data.importers import ROW_REASONS
+from hptjax.data.rows import Unreadable, open_rows
+from hptjax.records import Example
+
+
+def verl_row(index, *, target=True, gold=None):
+    """A row with the columns of OpenR1-Math-46k-8192."""
+    trace = f"<think>\nTwo and {index}.\n</think>\n\nIt is \\boxed{{{index + 2}}}."
+    return {
+        "data_source": "math",
+        "prompt": [
+            {"content": "Reason step by step.", "role": "system"},
+            {"content": f"What is 2+{index}?", "role": "user"},
+        ],
+        "target": [{"content": trace, "role": "assistant"}] if target else None,
+        "ability": "math",
+        "reward_model": {"ground_truth": gold or str(index + 2), "style": "rule"},
+        "extra_info": {"index": index, "split": "train"},
+    }
+
+
+def rows_of(name):
+    return list(open_rows(str(name)))
+
+
+def parquet(path, rows):
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_progress_bars():
+    datasets.disable_progress_bars()
+
+
+# Reading
+
+
+def test_rows_of_verl_parquet_come_back_whole_and_in_order(tmp_path):
+    rows = [verl_row(i, target=i % 3 != 0) for i in range(700)]
+    assert rows_of(parquet(tmp_path / "a.parquet", rows)) == rows
+
+
+def test_rows_are_the_same_from_every_container(tmp_path):
+    """Parquet, JSON Lines, a JSON list, gzip, a folder of the hub's layout, one saved by `datasets`, CSV, Arrow."""
+    rows = [{"problem": f"2+{i}?", "answer": str(2 + i)} for i in range(5)]
+    data = datasets.Dataset.from_list(rows)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    data.to_parquet(str(tmp_path / "a.parquet"))
+    data.to_csv(str(tmp_path / "a.csv"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "a.jsonl").write_text("\ufeff" + lines + "\n\n", encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.json").write_text(lines)
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    data.to_parquet(str(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"))
+    for name in ("a.parquet", "saved", "a.jsonl", "a.jsonl.gz", "list.json", "lines.json", "hub", "hub@train"):
+        assert rows_of(tmp_path / name) == rows, name
+    assert [str(row["answer"]) for row in rows_of(tmp_path / "a.csv")] == [row["answer"] for row in rows]
+
+
+def test_rows_of_a_folder_with_several_splits_ask_which(tmp_path):
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for split, count in (("train", 3), ("test", 2)):
+        rows = [{"problem": str(i), "answer": split} for i in range(count)]
+        parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet", rows)
+    assert len(rows_of(tmp_path / "hub@test")) == 2
+    for name in ("hub", "hub@dev"):
+        with pytest.raises(ValueError, match=r"one of the splits \['test', 'train'\].*hub@test"):
+            rows_of(tmp_path / name)
+
+
+def test_rows_that_cannot_be_read_are_told_apart_and_the_rest_goes_on(tmp_path):
+    good = b'{"prompt": "a", "answer": "1"}'
+    bad = {
+        b'{"prompt": "\xff\xfe"}': "not_utf8",
+        b'{"prompt": "\\ud800", "answer": 1}': "not_utf8",  # half of a surrogate pair
+        b'{"prompt": ': "not_json",
+        b"[" * 100_000: "not_json",
+        b'{"answer": ' + b"9" * 5000 + b"}": "not_json",  # Python refuses such a number
+        b'["a"]': "not_a_record",
+        b"null": "not_a_record",
+    }
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([good, *bad, b'{"prompt": "\\ud83d\\ude42"}', good]))
+    found = rows_of(tmp_path / "a.jsonl")
+    assert found[0] == found[-1] == json.loads(good)
+    assert found[-2] == {"prompt": "🙂"}
+    assert [row.reason for row in found[1:-2]] == list(bad.values())
+    assert set(bad.values()) < set(ROW_REASONS)
+
+
+def test_rows_of_parquet_with_bytes_that_are_no_text_lose_only_these(tmp_path):
+    problems = pa.array([b"one", b"\xff\xfe", b"three"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"problem": problems, "answer": ["1", "2", "3"]}), tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == [
+        {"problem": "one", "answer": "1"},
+        Unreadable("not_utf8"),
+        {"problem": "three", "answer": "3"},
+    ]
+
+
+def test_rows_of_a_broken_file_are_one_clear_error(tmp_path):
+    whole = parquet(tmp_path / "a.parquet", [verl_row(i) for i in range(600)]).read_bytes()
+    (tmp_path / "short.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "garbled.parquet").write_bytes(whole[:300] + bytes(300) + whole[600:])
+    (tmp_path / "short.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 5000)[:-20])
+    (tmp_path / "text.jsonl.gz").write_bytes(b"no gzip at all")
+    (tmp_path / "list.json").write_text('[{"prompt": "a"}, {')
+    (tmp_path / "rows.xlsx").write_text("")
+    for name in ("short.parquet", "garbled.parquet", "short.jsonl.gz", "text.jsonl.gz", "list.json", "rows.xlsx"):
+        with pytest.raises(ValueError, match="expected") as refused:
+            rows_of(tmp_path / name)
+        assert name in str(refused.value)
+
+
+def test_rows_that_are_nowhere_say_where_was_looked_and_how_to_fetch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no 'absent\.jsonl' from .*change data\.files"):
+        rows_of("absent.jsonl")
+    with pytest.raises(FileNotFoundError, match="no 'x"):
+        rows_of("x" * 5000)
+    with pytest.raises(ValueError, match=r"hf download openai/gsm8k --repo-type dataset --local-dir gsm8k.*hf auth"):
+        rows_of("openai/gsm8k:main@test")  # there is no network in tests
+
+
+# Importers
+
+
+QUESTION = {"role": "user", "content": "What is 2+3?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+ANSWER = {"role": "assistant", "content": "5"}
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "expected"),
+    [
+        (
+            "verl",
+            {**verl_row(3), "prompt": [SYSTEM, QUESTION]},
+            ((SYSTEM, QUESTION), verl_row(3)["target"][0]["content"], {"answer": "5"}),
+        ),
+        ("verl", {**verl_row(3, target=False), "prompt": [QUESTION]}, ((QUESTION,), "", {"answer": "5"})),
+        (
+            "verl",
+            {"prompt": [QUESTION], "reward_model": {"ground_truth": ["5", "five"]}},
+            ((QUESTION,), "", {"answer": ["5", "five"]}),
+        ),
+        ("verl", {"prompt": [QUESTION], "target": [], "reward_model": None}, ((QUESTION,), "", {})),
+        ("prompt_completion", {"prompt": "What is 2+3?", "completion": "5"}, ((QUESTION,), "5", {})),
+        (
+            "prompt_completion",
+            {"prompt": [SYSTEM, QUESTION], "completion": [ANSWER], "solution": 5},
+            ((SYSTEM, QUESTION), "5", {"answer": "5"}),
+        ),
+        (
+            "messages",
+            {"messages": [QUESTION, ANSWER, QUESTION, {**ANSWER, "reasoning_content": "hm"}], "answer": "5"},
+            ((QUESTION, ANSWER, QUESTION), "<think>\nhm\n</think>\n\n5", {"answer": "5"}),
+        ),
+        ("messages", {"messages": [SYSTEM, QUESTION]}, ((SYSTEM, QUESTION), "", {})),
+        (
+            "messages",  # empty cells of a table are None
+            {"messages": [{**QUESTION, "name": None}, {**ANSWER, "tool_calls": None}]},
+            ((QUESTION,), "5", {}),
+        ),
+        ("native", {"prompt": "What is 2+3?", "demo": "5", "answer": 5.0}, ((QUESTION,), "5", {"answer": "5"})),
+        (
+            "native",
+            {"prompt": [SYSTEM, QUESTION], "demo": None, "answer": {"numbers": [2, 3], "target": 5}, "id": "a"},
+            ((SYSTEM, QUESTION), "", {"numbers": [2, 3], "target": 5}),
+        ),
+        ("problem_answer", {"Problem": "What is 2+3?", "Answer": 5}, ((QUESTION,), "", {"answer": "5"})),
+        (
+            "problem_answer",
+            {"problem": "What is 2+3?", "solution": "It is $\\boxed{5}$.", "answer": " 5 ", "level": 4},
+            ((QUESTION,), "It is $\\boxed{5}$.", {"answer": "5"}),
+        ),
+        ("problem_answer", {"question": "What is 2+3?", "final_answer": ["5"]}, ((QUESTION,), "", {"answer": "5"})),
+        (
+            "problem_answer",
+            {"question": "What is 2+3?", "answer": "Two and three make 5.\n#### 5"},
+            ((QUESTION,), "Two and three make 5.\n#### 5", {"answer": "5"}),
+        ),
+        (
+            "alpaca",
+            {"instruction": "What is", "input": "2+3?", "output": "5"},
+            (({"role": "user", "content": "What is\n\n2+3?"},), "5", {}),
+        ),
+    ],
+)
+def test_importer_reads_its_format(format, row, expected):
+    example = FORMATS[format](row)
+    assert isinstance(example, Example)
+    assert (example.messages, example.demonstration, dict(example.answer)) == expected
+    assert example.prompt == expected[0][-1]["content"]
+    assert choose_importer("auto", row) == (format, FORMATS[format])
+
+
+@pytest.mark.parametrize(
+    ("format", "changes", "reason"),
+    [
+        ("verl", {"prompt": None}, "no_question"),
+        ("verl", {"prompt": []}, "no_question"),
+        ("verl", {"prompt": [SYSTEM]}, "malformed_turns"),
+        ("verl", {"prompt": [QUESTION, ANSWER]}, "malformed_turns"),
+        ("verl", {"prompt": [{"role": "user"}]}, "malformed_turns"),
+        ("verl", {"prompt": [{"role": "User", "content": "a"}]}, "malformed_turns"),
+        ("verl", {"prompt": [{"role": "user", "content": "  "}]}, "no_question"),
+        ("verl", {"prompt": {"role": "user", "content": "a"}}, "malformed_turns"),
+        ("verl", {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "malformed_turns"),
+        ("verl", {"target": "text of a demonstration"}, None),
+        ("verl", {"target": [QUESTION]}, "malformed_demonstration"),
+        ("verl", {"target": [ANSWER, ANSWER]}, "malformed_demonstration"),
+        ("verl", {"target": 3}, "malformed_demonstration"),
+        ("verl", {"reward_model": "5"}, "malformed_answer"),
+        ("verl", {"reward_model": {"ground_truth": True}}, "malformed_answer"),
+        ("verl", {"reward_model": {"ground_truth": [None]}}, "malformed_answer"),
+        ("verl", {"reward_model": {"ground_truth": float("nan")}}, "malformed_answer"),
+        ("verl", {"extra_info": 3}, "malformed_answer"),
+        ("messages", {"messages": "text"}, "malformed_turns"),
+        ("messages", {"messages": None}, "no_question"),
+        ("messages", {"messages": [ANSWER]}, "malformed_turns"),
+        ("messages", {"messages": [QUESTION, {"role": "assistant", "tool_calls": [1]}]}, "malformed_demonstration"),
+        ("native", {"prompt": 3}, "malformed_turns"),
+        ("native", {"tools": "{"}, "malformed_turns"),
+        ("alpaca", {"instruction": 3}, "no_question"),
+    ],
+)
+def test_importer_says_why_a_row_is_no_example(format, changes, reason):
+    base = {"verl": verl_row(3), "messages": {}, "native": {"prompt": "a", "answer": "1"}, "alpaca": {"output": "5"}}
+    found = FORMATS[format]({**base[format], **changes})
+    if reason is None:
+        assert isinstance(found, Example)
+    else:
+        assert found == reason
+        assert reason in ROW_REASONS
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "ground_truth", "level"]), inner, max_size=3
+        )
+        | st.just(QUESTION)
+        | st.just(ANSWER)
+    ),
+    max_leaves=8,
+)
+FIELDS = """prompt target reward_model extra_info completion answer solution messages tools demo level problem question
+final_answer instruction input output""".split()
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(sorted(FORMATS)), st.dictionaries(st.sampled_from(FIELDS), JSON))
+def test_importer_never_raises_whatever_a_row_holds(format, row):
+    found = FORMATS[format](row)
+    if isinstance(found, str):
+        assert found in ROW_REASONS
+    else:
+        json.dumps([found.messages, found.tools, dict(found.answer)])  # it travels to another process
+        assert found.messages[-1]["content"].strip()
+        assert isinstance(found.demonstration, str)
+
+
+def test_importer_counts_say_what_was_dropped_and_where_it_was_first(tmp_path):
+    rows = [verl_row(0), {"prompt": None, "reward_model": {}}, {**verl_row(2), "target": 3}, verl_row(3)]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(["{", *lines[:2], "", *lines[2:], lines[1]]))
+    examples, (count,) = read_examples([str(tmp_path / "a.jsonl")], lambda row: choose_importer("auto", row))
+    assert [example.answer["answer"] for example in examples] == ["2", "5"]
+    assert dataclasses.asdict(count) == {
+        "name": str(tmp_path / "a.jsonl"),
+        "format": "verl",
+        "rows": 6,
+        "kept": 2,
+        "dropped": {"not_json": 1, "no_question": 2, "malformed_demonstration": 1},
+        "first": {"not_json": 1, "no_question": 3, "malformed_demonstration": 4},
+    }
+
+
+def test_importer_by_columns_looks_past_bad_rows_and_refuses_what_it_does_not_know(tmp_path):
+    def read(*rows):
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return read_examples([str(tmp_path / "a.jsonl")], lambda row: choose_importer("auto", row))
+
+    examples, (count,) = read({}, {"prompt": "b"}, {"prompt": "a", "demo": "1"}, {"other": 1})
+    assert (len(examples), count.format, count.dropped) == (2, "native", {"no_question": 2})
+    with pytest.raises(ValueError, match=r"known format in '.*a\.jsonl'.*got \['a', 'b'\].*data\.format"):
+        read({"a": 1}, {"b": 2})
+    assert read([])[1][0].format is None  # one row, which is no record
+    assert choose_importer("native", {"a": 1}) == ("native", importers.native)
+
+
+# Identity
+
+
+def test_canonical_text_joins_what_is_the_same_problem():
+    assert canonical_text("What is\n 2+3? ") == canonical_text("what is 2+3?") == canonical_text("What is 2\uff0b3?")
+    assert canonical_text("What is 2+3?") != canonical_text("What is 2+4?")
+
+
+def test_content_ids_depend_on_what_rows_say_and_not_on_their_place():
+    examples = [FORMATS["verl"](verl_row(i)) for i in range(200)]
+    ids = content_ids(examples)
+    assert len(set(ids)) == 200
+    assert all(0 <= number < 2**31 for number in ids)
+    order = list(range(200))
+    random.Random(0).shuffle(order)
+    assert content_ids([examples[i] for i in order]) == [ids[i] for i in order]
+    assert content_ids(examples[50:60]) == ids[50:60]
+    assert content_ids([examples[3], examples[3]]) == [ids[3], ids[3]]
+    for change in ({"demonstration": "x"}, {"answer": {"answer": "x"}}, {"messages": (QUESTION,)}, {"prompt": "x"}):
+        assert content_ids([dataclasses.replace(examples[3], **change)]) != [ids[3]]
+
+
+def test_content_ids_that_collide_are_told_apart_in_any_order(monkeypatch):
+    """With ids of 4 bits, 12 contents nearly always collide."""
+    monkeypatch.setattr("hptjax.data.identity.ID_BITS", 4)
+    examples = [FORMATS["verl"](verl_row(i)) for i in range(12)]
+    ids = content_ids(examples)
+    assert len(set(ids)) == 12
+    assert max(ids) < 16
+    assert content_ids(examples[::-1]) == ids[::-1]
