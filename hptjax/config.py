@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from hptjax.config_methods import MethodName, MethodsConfig, RolloutRow
 from hptjax.config_text import struct_list
 
+ScheduleKind = Literal["constant", "linear", "cosine"]
 RowFormat = Literal["auto", "verl", "prompt_completion", "messages", "native", "problem_answer", "alpaca"]
 
 Preset = Literal[
@@ -29,6 +30,9 @@ class StageConfig:
     method: MethodName  # as `method`
     steps: int  # rollout batches of this stage
     learning_rate: float | None = None  # None: optimizer.learning_rate
+    schedule: ScheduleKind | None = None  # None: optimizer.schedule; a schedule of its own lasts for the stage
+    warmup_steps: int | None = None  # None: optimizer.warmup_steps
+    end_fraction: float | None = None  # None: optimizer.end_fraction
     questions_per_step: int | None = None  # None: data.questions_per_step
 
 
@@ -231,7 +235,7 @@ class OptimizerConfig:
 
     learning_rate: float = 2e-4
     critic_learning_rate: float | None = None  # of ppo's critic, by the same schedule; None: learning_rate
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: ScheduleKind = "constant"
     warmup_steps: int = 0
     end_fraction: float = 0.0  # of the learning rate, where a linear or cosine schedule ends
     decay_steps: int | None = None  # None: the stage's own steps

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
-from hptjax.config import Config, StageConfig
+from hptjax.config import Config, ScheduleKind, StageConfig
 from hptjax.config_methods import APART, samples_per_question
 
 # up to here `model.attention = "auto"` takes the plain form: its [B H T T] scores are small, and it is the fastest
@@ -16,6 +17,30 @@ MESH_AXES = ("replica", "data", "fsdp", "sequence", "tensor")  # as `sharding.ru
 def stage_list(config: Config) -> list[StageConfig]:
     """The stages before the last one and the last one, which `method` and `train.steps` describe."""
     return [*config.stages, StageConfig(method=config.method, steps=config.train.steps)]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSchedule:
+    """The learning rate of a stage over its optimizer steps."""
+
+    kind: ScheduleKind
+    learning_rate: float
+    warmup_steps: int
+    end_fraction: float
+    decay_steps: int
+
+
+def schedule_of(config: Config, stage: StageConfig) -> StageSchedule:
+    """The stage's own settings where it has any, the optimizer's where not."""
+    optimizer = config.optimizer
+    updates = stage.steps * config.train.updates_per_rollout_batch
+    return StageSchedule(
+        kind=stage.schedule or optimizer.schedule,
+        learning_rate=optimizer.learning_rate if stage.learning_rate is None else stage.learning_rate,
+        warmup_steps=optimizer.warmup_steps if stage.warmup_steps is None else stage.warmup_steps,
+        end_fraction=optimizer.end_fraction if stage.end_fraction is None else stage.end_fraction,
+        decay_steps=updates if stage.schedule is not None else optimizer.decay_steps or updates,
+    )
 
 
 def steps_of(config: Config) -> list[tuple[str, str, int]]:

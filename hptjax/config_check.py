@@ -7,7 +7,7 @@ import math
 import re
 
 from hptjax.config import Config, flatten, resolved
-from hptjax.config_batch import micro_batches_needed, samples_per_update, steps_of
+from hptjax.config_batch import micro_batches_needed, samples_per_update, schedule_of, stage_list, steps_of
 from hptjax.config_constants import constant_problems
 from hptjax.config_methods import GATED, PAIRED, learns_by_sft, learns_from_rollouts, samples_per_bundle
 from hptjax.config_prefix import prefix_problems
@@ -319,6 +319,10 @@ def _check_stages(config: Config) -> None:
             _refuse("a stage of at least 1 step", f"{stage.steps}", f"stages.{i}.steps")
         if stage.learning_rate is not None and not (math.isfinite(stage.learning_rate) and stage.learning_rate > 0):
             _refuse("a learning rate above 0", f"{stage.learning_rate}", f"stages.{i}.learning_rate")
+        if stage.warmup_steps is not None and stage.warmup_steps < 0:
+            _refuse("a warm-up of at least 0 steps", f"{stage.warmup_steps}", f"stages.{i}.warmup_steps")
+        if stage.end_fraction is not None and not 0 <= stage.end_fraction <= 1:
+            _refuse("an end_fraction in [0, 1]", f"{stage.end_fraction}", f"stages.{i}.end_fraction")
         if stage.questions_per_step is not None and stage.questions_per_step < 1:
             _refuse("at least 1 question per step", f"{stage.questions_per_step}", f"stages.{i}.questions_per_step")
 
@@ -328,14 +332,15 @@ def _check_optimizer(config: Config) -> None:
     for name, value in (("b1", optimizer.b1), ("b2", optimizer.b2)):
         if not 0 <= value < 1:
             _refuse(f"optimizer.{name} in [0, 1)", f"{value}", f"optimizer.{name}")
-    steps = [(f"stages.{i}", stage.steps) for i, stage in enumerate(config.stages)]
-    for place, count in [*steps, ("the last stage", config.train.steps)]:
-        updates = optimizer.decay_steps or count * config.train.updates_per_rollout_batch
-        if optimizer.schedule != "constant" and optimizer.warmup_steps >= updates:
+    for i, stage in enumerate(stage_list(config)):
+        chosen, last = schedule_of(config, stage), i == len(config.stages)
+        if chosen.kind != "constant" and chosen.warmup_steps >= chosen.decay_steps:
+            place = "the last stage" if last else f"stages.{i}"
+            own = "" if last or stage.warmup_steps is None else f"stages.{i}.warmup_steps, "
             _refuse(
-                f"a warm-up shorter than the schedule ({updates} optimizer steps) of {place}",
-                f"{optimizer.warmup_steps}",
-                "optimizer.warmup_steps or optimizer.decay_steps",
+                f"a warm-up shorter than the schedule ({chosen.decay_steps} optimizer steps) of {place}",
+                f"{chosen.warmup_steps}",
+                f"{own}optimizer.warmup_steps or optimizer.decay_steps",
             )
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from hptjax.config import Config, ShapeConfig
 from hptjax.config_batch import (
     SHORT_ROW_TOKENS,
+    StageSchedule,
     mesh_devices,
     mesh_words,
     micro_batches_needed,
     samples_per_update,
+    schedule_of,
     stage_list,
     steps_of,
 )
@@ -57,9 +59,19 @@ def stage_lines(config: Config) -> list[str]:
         passes = "" if known is None else f", {inverse_count(known) * drawn:.2f} passes over the training questions"
         lines.append(
             f"{i + 1}. {stage.method}: {stage.steps} steps x {questions} questions, {stage.steps * updates} updates, "
-            f"learning rate {stage.learning_rate or config.optimizer.learning_rate:g}{passes}"
+            f"{_rate_words(schedule_of(config, stage))}{passes}"
         )
     return lines
+
+
+def _rate_words(chosen: StageSchedule) -> str:
+    """The learning rate of a stage, with its schedule where it has one."""
+    words = f"learning rate {chosen.learning_rate:g}"
+    if chosen.warmup_steps:
+        words += f" after {chosen.warmup_steps} updates of warm-up"
+    if chosen.kind != "constant":
+        words += f", {chosen.kind} to {chosen.end_fraction:g} of it after {chosen.decay_steps} updates"
+    return words
 
 
 def _training_questions(config: Config) -> int | None:

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from hptjax import config_text
 from hptjax.config import CompareArm, Config, RewardFunction, RuleConfig, StageConfig, changed_fields, flatten, resolved
-from hptjax.config_batch import micro_batches_needed, samples_per_update
+from hptjax.config_batch import StageSchedule, micro_batches_needed, samples_per_update, schedule_of, stage_list
 from hptjax.config_check import check
 from hptjax.config_load import load_config, read_file
 from hptjax.config_methods import MicroGroupRow, SoftRow
+from hptjax.explain import stage_lines
+from hptjax.train.optimizer import make_schedule
 
 SMALLEST = '[model]\ntokenizer = "somewhere"\n'
 
@@ -268,6 +270,12 @@ def test_config_nearest_key_survives_a_lost_letter(path):
             {"stages": (StageConfig("sft", 2),), "optimizer__schedule": "linear", "optimizer__warmup_steps": 2},
             ["warm-up shorter", "stages.0", "2 optimizer steps"],
         ),
+        (
+            {"stages": (StageConfig("sft", 2, schedule="cosine", warmup_steps=3),)},
+            ["warm-up shorter", "stages.0", "2 optimizer steps", "stages.0.warmup_steps"],
+        ),
+        ({"stages": (StageConfig("sft", 2, end_fraction=1.5),)}, ["end_fraction in [0, 1]", "stages.0.end_fraction"]),
+        ({"stages": (StageConfig("sft", 2, warmup_steps=-1),)}, ["at least 0 steps", "stages.0.warmup_steps"]),
         ({"optimizer__schedule": "cosine", "optimizer__warmup_steps": 60}, ["warm-up shorter", "60 optimizer steps"]),
         ({"optimizer__b2": 1.0}, ["optimizer.b2 in [0, 1)"]),
         ({"eval__ks": (1, 16)}, ["eval.ks within 1..8", "[1, 16]"]),
@@ -357,3 +365,23 @@ def test_config_changed_fields_names_them_and_forgives_telemetry():
     older = resolved(VALID)
     del older["hpt"]["ranks"]  # a field that the recorded run did not have yet
     assert changed_fields(older, resolved(VALID)) == ["hpt.ranks: null -> 8"]
+
+
+def test_stage_has_a_schedule_of_its_own_or_the_optimizers():
+    """SFT at a cosine to a tenth after a warm-up, then RL at a constant rate: the corrected pipeline of the paper."""
+    sft = StageConfig("sft", 100, learning_rate=5e-5, schedule="cosine", warmup_steps=20, end_fraction=0.1)
+    config = changed(Config(), stages=(sft, StageConfig("sft", 7)), optimizer__learning_rate=1e-6)
+    config = changed(config, train__updates_per_rollout_batch=2, optimizer__decay_steps=33)
+    first, second, last = (schedule_of(config, stage) for stage in stage_list(config))
+    assert first == StageSchedule("cosine", 5e-5, 20, 0.1, 200)
+    assert second == last == StageSchedule("constant", 1e-6, 0, 0.0, 33)
+    rate = make_schedule(
+        first.kind,
+        first.learning_rate,
+        warmup_steps=first.warmup_steps,
+        end_fraction=first.end_fraction,
+        decay_steps=first.decay_steps,
+    )
+    half = 5e-5 * (0.1 + 0.9 * 0.5)  # cos(pi / 2) = 0 at the middle of what is left after the warm-up
+    assert [float(rate(step)) for step in (19, 20 + 90, 200)] == pytest.approx([5e-5, half, 5e-6])
+    assert "after 20 updates of warm-up, cosine to 0.1 of it after 200 updates" in stage_lines(config)[0]

@@ -17,7 +17,7 @@ from hptjax.build.frozen import add_frozen, make_looks, make_score
 from hptjax.build.method import Recipe, build_recipe, stability_mask
 from hptjax.build.policy import Policy
 from hptjax.config import Config, StageConfig
-from hptjax.config_batch import stage_list
+from hptjax.config_batch import schedule_of, stage_list
 from hptjax.data.stream import QuestionStream
 from hptjax.hpt.assemble import Update, assemble
 from hptjax.hpt.control import Controls
@@ -221,14 +221,13 @@ def _assembler(config: Config, recipe: Recipe) -> Callable[..., Update]:
 
 
 def _schedule(config: Config, stage: StageConfig, *, critic: bool = False) -> optax.Schedule:
-    optimizer = config.optimizer
-    policy_rate = stage.learning_rate or optimizer.learning_rate
+    chosen = schedule_of(config, stage)
     return make_schedule(
-        optimizer.schedule,
-        optimizer.critic_learning_rate or policy_rate if critic else policy_rate,
-        warmup_steps=optimizer.warmup_steps,
-        end_fraction=optimizer.end_fraction,
-        decay_steps=optimizer.decay_steps or stage.steps * config.train.updates_per_rollout_batch,
+        chosen.kind,
+        (critic and config.optimizer.critic_learning_rate) or chosen.learning_rate,
+        warmup_steps=chosen.warmup_steps,
+        end_fraction=chosen.end_fraction,
+        decay_steps=chosen.decay_steps,
     )
 
 
