@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -15,6 +17,7 @@ from hptjax.cli_options import (
     AUDIT_HELP,
     AuditOptions,
     CompareOptions,
+    DataCheckOptions,
     DoctorOptions,
     EvalOptions,
     MethodsOptions,
@@ -22,13 +25,16 @@ from hptjax.cli_options import (
     SampleOptions,
     UpgeOptions,
 )
-from hptjax.config import Config
+from hptjax.config import Config, DataConfig, RolloutConfig
 from hptjax.config_check import check
 from hptjax.config_load import read_file
 from hptjax.config_text import command_line
 from hptjax.errors import BAD_INPUT, INPUT_ERRORS, INTERRUPTED, exit_status, raised_here
 
 T = TypeVar("T")
+FOR_DATA_CHECK = Config(  # where no config is named: the limits of the published recipes
+    data=DataConfig(max_prompt_tokens=1024), rollout=RolloutConfig(max_completion_tokens=8192)
+)
 KEEPS_CHECKPOINTS = ("train", "compare")  # an interrupted one goes on where it was
 
 HELP = """\
@@ -42,6 +48,7 @@ commands
   sample CONFIG    completions of a prompt, with the verifier's word on them
   compare CONFIG   several methods from the same base under the same budget: one table, one plot
   explain CONFIG   batch arithmetic, bytes and token weights, before anything runs
+  data check FILE  rows kept and dropped, lengths, duplicates, wrong demonstrations, template faults, before a run
   upge CONFIG      every row of the token table on one recorded batch: norm, direction, variance, weights, bias
   plan CONFIG      bytes, FLOPs, collectives and time on a TPU that need not be there, and whether it fits
   methods [NAME]   the table of the methods; of one: formula, source, needs and a config that trains it (--toml)
@@ -170,6 +177,37 @@ def command_explain(arguments: list[str]) -> int:
 
     print(explain(config))
     return 0
+
+
+def command_data(arguments: list[str]) -> int:
+    """`hptjax data check FILE ... [CONFIG.toml]`; status 2 where no run could use the files."""
+    asks_help = any(argument in ("-h", "--help") for argument in arguments)
+    if arguments[:1] != ["check"] and not asks_help:
+        raise ValueError(
+            f"expected `hptjax data check FILE [CONFIG.toml] [--model.path FOLDER]`, got {' '.join(arguments)!r}."
+        )
+    named = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments[1:]))
+    files, configs = ([word for word in named if word.endswith(".toml") == toml] for toml in (False, True))
+    if len(configs) > 1 or (not named and not asks_help):
+        raise ValueError(f"expected data files, and one config at the most, got {named}.")
+    default = read_file(configs[0]) if configs else FOR_DATA_CHECK
+    options = command_line(DataCheckOptions(config=default), arguments[1 + len(named) :], prog="hptjax data check FILE")
+    _expect_writable(options.json)
+    config = options.config
+    if files:
+        data = dataclasses.replace(config.data, files=tuple(files), validation_files=(), test_files=())
+        config = dataclasses.replace(config, data=data)
+    else:
+        check(config)
+    if not config.data.files:
+        raise ValueError(f"expected data.files in {configs[0]}, got none; name a file: `hptjax data check FILE`.")
+    from hptjax.build.data_check import check_data, check_text
+
+    report = check_data(config, split=not files, say=lambda said: print(said, file=sys.stderr))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(check_text(report))
+    return BAD_INPUT if report["problems"] else 0
 
 
 def command_upge(arguments: list[str]) -> int:
@@ -315,6 +353,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": command_compare,
     "explain": command_explain,
     "plan": command_plan,
+    "data": command_data,
     "upge": command_upge,
     "methods": command_methods,
     "audit": command_audit,

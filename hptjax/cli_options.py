@@ -112,6 +112,14 @@ class UpgeOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataCheckOptions:
+    """What a run would make of data files, before it is paid for. Status 2 where no run could use them, else 0."""
+
+    json: pathlib.Path | None = None  # also write everything there
+    config: ConfigFields = dataclasses.field(default_factory=Config)
+
+
+@dataclasses.dataclass(frozen=True)
 class MethodsOptions:
     """What the methods are: the table, or one of them in full."""
 

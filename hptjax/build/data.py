@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from hptjax.config import Config, TaskConfig
 from hptjax.config_batch import steps_of
 from hptjax.config_methods import learns_from_demonstrations
 from hptjax.data import tokenizer as text
+from hptjax.data.prepare import Judge as DemonstrationJudge
 from hptjax.data.prepare import Limits, prepare_questions
 from hptjax.data.split import split_by_canonical
 from hptjax.hpt.plan import PrefixPlan
@@ -24,6 +25,7 @@ from hptjax.records import (
     MakeRequests,
     Question,
     Request,
+    RewardFunction,
     RolloutPlan,
     Sample,
     SampleId,
@@ -114,7 +116,7 @@ def build_questions(config: Config, task: Task, tokenizer: Any, prompts: PromptF
             split if name != "train" or _learns(config) else [dataclasses.replace(e, demonstration="") for e in split],
             encode=prompts.encode,
             decode=functools.partial(text.decode, tokenizer),
-            judge=None if name == "train" and config.task.corrupt > 0 else _in_shares(task, pool),
+            judge=None if name == "train" and config.task.corrupt > 0 else build_verifier(config, task, pool),
             limits=build_limits(config, name),
         )
         for name, split in examples.items()
@@ -152,9 +154,12 @@ def _learns(config: Config) -> bool:
     return not config.data.files or (config.data.demonstrations and learned)
 
 
-def _in_shares(task: Task, pool: RewardPool) -> Callable[[Sequence[str], Sequence[Mapping[str, Any]]], list[Verdict]]:
-    """The task's verifier; every process verifies its share of the demonstrations."""
-    verify = functools.partial(pool.judge, task.verify)
+def build_verifier(config: Config, task: Task, pool: RewardPool) -> DemonstrationJudge:
+    """What judges demonstrations: the task's verifier, of data files the reward that decides what is solved.
+
+    Every process verifies its share of them.
+    """
+    verify = functools.partial(pool.judge, reward_functions(config, task)[0] if config.data.files else task.verify)
 
     def verified(completions: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         return in_shares(
@@ -170,14 +175,7 @@ def _in_shares(task: Task, pool: RewardPool) -> Callable[[Sequence[str], Sequenc
 
 def build_judge(config: Config, task: Task, tokenizer: Any, pool: RewardPool) -> Judge:
     """Asks every reward function about every sample; the first one's word is what the gate counts."""
-    by_name = {"verify": task.verify, "well_formed": task.well_formed}
-    unknown = [function.name for function in config.reward.functions if function.name not in by_name]
-    if unknown:
-        raise ValueError(
-            f"expected reward functions of the task {task.name!r} ({sorted(by_name)}), got {unknown}; "
-            "change reward.functions"
-        )
-    functions = [by_name[function.name] for function in config.reward.functions]
+    functions = reward_functions(config, task)
     weights = [function.weight for function in config.reward.functions]
 
     def judge(samples: Sequence[Sample], questions: Mapping[int, Question]) -> list[tuple[Sample, list[Verdict]]]:
@@ -192,6 +190,18 @@ def build_judge(config: Config, task: Task, tokenizer: Any, pool: RewardPool) ->
         return list(zip(judged, verdicts, strict=True))
 
     return judge
+
+
+def reward_functions(config: Config, task: Task) -> list[RewardFunction]:
+    """The functions of `reward.functions`, in their order."""
+    by_name = {"verify": task.verify, "well_formed": task.well_formed}
+    unknown = [function.name for function in config.reward.functions if function.name not in by_name]
+    if unknown:
+        raise ValueError(
+            f"expected reward functions of the task {task.name!r} ({sorted(by_name)}), got {unknown}; "
+            "change reward.functions"
+        )
+    return [by_name[function.name] for function in config.reward.functions]
 
 
 def build_requests(config: Config, stop_ids: frozenset[int], plan: PrefixPlan) -> RolloutPlan:

@@ -88,6 +88,17 @@ def file_examples(config: Config) -> FileExamples:
     return FileExamples(splits, left_out, counts, len(problems) - len(set(problems)))
 
 
+def whole_examples(config: Config) -> FileExamples:
+    """The distinct examples of `data.files`, all of them as training questions."""
+    read, counts = read_examples(config.data.files, functools.partial(choose_importer, config.data.format))
+    if not read:
+        raise ValueError(f"expected rows that can be used in {list(config.data.files)}, got none: {_told(counts)}")
+    left_out: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+    examples = _distinct({"train": read, "validation": [], "test": []}, left_out)["train"]
+    repeated = len(examples) - len({example.canonical for example in examples})
+    return FileExamples({"train": examples}, left_out, counts, repeated)
+
+
 def choose_importer(format: str, row: Row) -> tuple[str, Importer] | None:
     """(name of the format, importer): the one of the config, or by the columns of a row; None where no format has them.
 
