@@ -186,12 +186,13 @@ def command_data(arguments: list[str]) -> int:
         raise ValueError(
             f"expected `hptjax data check FILE [CONFIG.toml] [--model.path FOLDER]`, got {' '.join(arguments)!r}."
         )
-    named = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments[1:]))
+    words = arguments[1:] if arguments[:1] == ["check"] else arguments
+    named = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     files, configs = ([word for word in named if word.endswith(".toml") == toml] for toml in (False, True))
     if len(configs) > 1 or (not named and not asks_help):
         raise ValueError(f"expected data files, and one config at the most, got {named}.")
     default = read_file(configs[0]) if configs else FOR_DATA_CHECK
-    options = command_line(DataCheckOptions(config=default), arguments[1 + len(named) :], prog="hptjax data check FILE")
+    options = command_line(DataCheckOptions(config=default), words[len(named) :], prog="hptjax data check FILE")
     _expect_writable(options.json)
     config = options.config
     if files:
