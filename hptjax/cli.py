@@ -17,9 +17,12 @@ from hptjax.cli_options import (
     AUDIT_HELP,
     AuditOptions,
     CompareOptions,
+    ConvertOptions,
     DataCheckOptions,
     DoctorOptions,
     EvalOptions,
+    ExportOptions,
+    InspectOptions,
     MethodsOptions,
     PlanOptions,
     SampleOptions,
@@ -52,6 +55,9 @@ commands
   upge CONFIG      every row of the token table on one recorded batch: norm, direction, variance, weights, bias
   plan CONFIG      bytes, FLOPs, collectives and time on a TPU that need not be there, and whether it fits
   methods [NAME]   the table of the methods; of one: formula, source, needs and a config that trains it (--toml)
+  export RUN OUT   a run's checkpoint as a Hugging Face folder
+  convert IN OUT   a model folder in another dtype or other shards
+  inspect PATH     what a model folder or checkpoint holds, tensor by tensor, and what is wrong with it
   audit TARGET     whether a trainer, yours or another, adds up every micro-batch; names those it does not
   doctor           what this machine has and lacks
 
@@ -319,6 +325,54 @@ def command_methods(arguments: list[str]) -> int:
     return 0
 
 
+def command_export(arguments: list[str]) -> int:
+    """Writes a run's checkpoint as a model folder."""
+    options = _options(ExportOptions, "export", arguments)
+    from hptjax.build.export import export_run
+
+    said = export_run(
+        options.source,
+        options.out,
+        checkpoint=options.checkpoint,
+        dtype=options.dtype,
+        shard_bytes=_shard_bytes(options.shard_gb),
+        tokenizer=options.tokenizer,
+    )
+    print(said)
+    return 0
+
+
+def command_convert(arguments: list[str]) -> int:
+    """Writes a model folder anew."""
+    options = _options(ConvertOptions, "convert", arguments)
+    from hptjax.models.folder_copy import convert_folder
+
+    convert_folder(options.source, options.out, dtype=options.dtype, shard_bytes=_shard_bytes(options.shard_gb))
+    print(f"{options.out}: {options.source}, {options.dtype or 'as stored'}")
+    return 0
+
+
+def command_inspect(arguments: list[str]) -> int:
+    """Prints what a folder or checkpoint holds; status 1 where there are problems."""
+    options = _options(InspectOptions, "inspect", arguments)
+    from hptjax.inspection import inspect, report_text
+
+    report = inspect(options.path, everything=options.all)
+    print(json.dumps(report, indent=2) if options.json else report_text(report))
+    return 1 if report["problems"] else 0
+
+
+def _options(options: type[T], command: str, arguments: list[str]) -> T:
+    """The options of a command that takes no config."""
+    return tyro.cli(options, args=arguments, prog=f"hptjax {command}", config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def _shard_bytes(gigabytes: float) -> int:
+    if not 0 < gigabytes < float("inf"):
+        raise ValueError(f"expected a shard size above 0, got {gigabytes}; change --shard-gb.")
+    return max(1, int(gigabytes * 10**9))
+
+
 def command_doctor(arguments: list[str]) -> int:
     """Prints what this machine has; status 1 where training cannot run."""
     options = command_line(DoctorOptions(), arguments, prog="hptjax doctor")
@@ -357,6 +411,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "data": command_data,
     "upge": command_upge,
     "methods": command_methods,
+    "export": command_export,
+    "convert": command_convert,
+    "inspect": command_inspect,
     "audit": command_audit,
     "doctor": command_doctor,
 }

@@ -12,6 +12,7 @@ from hptjax.config import Config
 
 ConfigFields = Annotated[Config, tyro.conf.arg(name="")]  # the fields keep the names they have in the file
 Checkpoint = Literal["base", "last", "best"]
+SavedDtype = Literal["float32", "bfloat16", "float16"]
 
 AUDIT_HELP = """\
 Runs a trainer on small jobs and reads from its parameters what every token weighed.
@@ -143,6 +144,43 @@ class AuditOptions:
     own_optimizer: bool = False  # its optimizer cannot be set to SGD: compare splits of the same window
     inject_drop: bool = False  # blank a micro-batch in what the target sees: the audit must then fail and name it
     json: pathlib.Path | None = None  # also write the report there
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """A run's checkpoint as a Hugging Face folder that transformers, vLLM and others load."""
+
+    source: Annotated[
+        pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="a run folder, or the config of a run")
+    ]
+    out: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="the folder to write")]
+    checkpoint: Literal["last", "best"] = "last"  # which weights; best: by checkpoint.metric on validation questions
+    dtype: SavedDtype = "bfloat16"  # of the stored weights
+    shard_gb: float = 5.0  # weights that take more are cut into shards of at most so many 10^9 bytes
+    tokenizer: str | None = None  # folder of the run's tokenizer, where it has moved since
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """A model folder written anew: another dtype, other shards. What would not load is refused, not converted."""
+
+    source: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN", help="the folder to read")]
+    out: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="the folder to write")]
+    dtype: SavedDtype | None = None  # of the stored weights; None: as they are stored
+    shard_gb: float = 5.0  # weights that take more are cut into shards of at most so many 10^9 bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectOptions:
+    """What a model folder or a run's checkpoint holds. Status 1 where something would keep it from loading."""
+
+    path: Annotated[
+        pathlib.Path,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="PATH", help="a model folder, a run folder (its last checkpoint), or one checkpoint"),
+    ]
+    all: bool = False  # of a checkpoint, sums, moments and counters too
+    json: bool = False  # as JSON
 
 
 @dataclasses.dataclass(frozen=True)

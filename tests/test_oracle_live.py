@@ -163,3 +163,44 @@ def test_live_transformers_loads_broken_folders_that_we_refuse(tmp_path):
     models.transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.input_layernorm\.weight"):
         load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_tied"])
+def test_live_exported_folder_is_whole(name, tmp_path):
+    """Tokenizer, chat template and stop tokens come with the weights, and `generate` works from them alone."""
+    import transformers
+
+    from hptjax.build.weights import write_model
+    from hptjax.config import ModelConfig
+    from hptjax.data.tokenizer import load_tokenizer
+
+    source = models.make_folder(name, tmp_path / "source")
+    shape, params = load_folder(source)
+    tokenizer = load_tokenizer(source)
+    out = tmp_path / "out"
+    write_model(out, shape, params, ModelConfig(path=str(source)), tokenizer, dtype="bfloat16", shard_bytes=8000)
+    ours, theirs = models.load_model(out), models.load_model(source)
+    assert bits(ours) == bits(theirs)
+    assert ours.generation_config.eos_token_id == theirs.generation_config.eos_token_id
+    assert len(ours.generation_config.eos_token_id) == 2
+    read = transformers.AutoTokenizer.from_pretrained(str(out))
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "2 + 2?"}]
+    prompt = read.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert prompt == "<|start|>system\nThink.<|end|>\n<|start|>user\n2 + 2?<|end|>\n<|start|>assistant\n"
+    ids = read(prompt, return_tensors="pt", add_special_tokens=False)
+    said = ours.generate(**ids, max_new_tokens=40, do_sample=False, pad_token_id=read.pad_token_id)
+    stops = ours.generation_config.eos_token_id
+    new = said[0, ids["input_ids"].shape[1] :].tolist()
+    assert len(new) == 40 or new[-1] in stops
+    greedy = decoder_calls.sample(
+        params, shape, [ids["input_ids"][0].numpy().astype(np.int32)], 40, temperature=1.0, top_k=1
+    )
+    assert greedy[0].completion_tokens[: len(new)].tolist() == new
+
+
+def test_live_converted_folder_loads(family, tmp_path):
+    from hptjax.models.folder_copy import convert_folder
+
+    _, model, folder, _, _ = family
+    convert_folder(folder, tmp_path / "out", dtype="bfloat16", shard_bytes=7000)
+    assert bits(models.load_model(tmp_path / "out")) == bits(model, "bfloat16")

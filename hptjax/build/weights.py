@@ -7,9 +7,15 @@ from typing import Any
 
 from hptjax.build.parts import Parts, fingerprint
 from hptjax.build.stages import build_stages
+from hptjax.config import ModelConfig
 from hptjax.models.folder import save_folder
+from hptjax.models.folder_config import CONFIG_FILE, GENERATION_FILE, read_json
+from hptjax.models.folder_copy import TOKENIZER_FILES, copy_files
+from hptjax.models.folder_write import SHARD_BYTES, write_json
+from hptjax.models.shape import DecoderConfig
 from hptjax.rundir import run_folder
 from hptjax.train.checkpoint import open_checkpoints
+from hptjax.types import Params
 
 
 def load_weights(parts: Parts, checkpoint: str) -> Any:
@@ -41,7 +47,35 @@ def load_weights(parts: Parts, checkpoint: str) -> Any:
     return restored.state.params["policy"]
 
 
-def export(parts: Parts, params: Any, folder: Path) -> None:
-    """Writes the model, given as host arrays, as a Hugging Face folder: config.json, safetensors in bf16, tokenizer."""
-    save_folder(folder, parts.policy.config, params, dtype="bfloat16")
-    parts.policy.tokenizer.save_pretrained(str(folder))
+def export(parts: Parts, params: Params, folder: Path) -> None:
+    """Writes the model, given as host arrays, as a Hugging Face folder in bf16."""
+    model = parts.config.model
+    write_model(folder, parts.policy.config, params, model, parts.policy.tokenizer, dtype="bfloat16")
+
+
+def write_model(
+    folder: Path,
+    shape: DecoderConfig,
+    params: Params,
+    model: ModelConfig,
+    tokenizer: Any,
+    *,
+    dtype: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """A Hugging Face folder that any tool loads: config, weights, tokenizer, chat template, generation_config.json.
+
+    Args
+      params: host arrays. model: the run's. The files of its tokenizer are copied byte for byte; its folder's
+        generation_config.json too, and what its config.json says beside the shape.
+      tokenizer: of that folder; names the special tokens of a model that was made from scratch.
+    """
+    beside = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if model.path is not None:
+        beside = read_json(Path(model.path) / CONFIG_FILE)
+    save_folder(folder, shape, params, dtype=dtype, shard_bytes=shard_bytes, beside=beside)
+    copy_files(Path(model.tokenizer or model.path or ""), folder, TOKENIZER_FILES)
+    if model.path is not None:
+        copy_files(Path(model.path), folder, (GENERATION_FILE,))
+    else:
+        write_json(folder / GENERATION_FILE, {name: value for name, value in beside.items() if value is not None})

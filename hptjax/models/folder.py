@@ -20,7 +20,7 @@ from flax import traverse_util
 from hptjax.models.decoder import param_shapes
 from hptjax.models.folder_config import CONFIG_FILE, family, read_shape, write_config
 from hptjax.models.folder_files import StoredTensor, open_tensors, shown
-from hptjax.models.folder_write import SHARD_BYTES, saved_dtype, write_weights
+from hptjax.models.folder_write import SHARD_BYTES, as_saved, saved_dtype, write_weights
 from hptjax.models.keys import CheckpointKey
 from hptjax.models.shape import DecoderConfig
 from hptjax.types import Params
@@ -123,7 +123,8 @@ def save_folder(
       beside: fields that config.json is to keep of another one, such as token ids.
 
     A tied model gets no unembedding key.
-    Raises a parameter missing, unexpected, of another shape or on a device, a config of no family -> ValueError.
+    Raises a parameter missing, unexpected, of another shape, on a device or not finite, a config of no family ->
+    ValueError.
     """
     stored_dtype = saved_dtype(dtype)
     _, keys = family(config)
@@ -134,7 +135,7 @@ def save_folder(
     def tensor(name: str) -> np.ndarray:
         entry, layer = names[name]
         value = flat[entry.path] if layer is None else flat[entry.path][layer]
-        return np.ascontiguousarray(entry.to_stored(value).astype(stored_dtype))
+        return as_saved(name, entry.to_stored(value), stored_dtype)
 
     sizes = {name: int(np.prod(shape)) * stored_dtype.itemsize for name, shape in expected_shapes(keys, config).items()}
     documents = {CONFIG_FILE: write_config(config, stored_dtype.name, beside or {})}

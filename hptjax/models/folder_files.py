@@ -80,26 +80,46 @@ def all_finite(value: np.ndarray) -> bool:
     return all(bool(np.isfinite(value[first : first + rows]).all()) for first in range(0, len(value), rows))
 
 
-def open_tensors(folder: pathlib.Path, files: contextlib.ExitStack) -> dict[str, StoredTensor]:
+def open_tensors(
+    folder: pathlib.Path, files: contextlib.ExitStack, problems: list[str] | None = None
+) -> dict[str, StoredTensor]:
     """Every tensor of a folder by its key. Nothing is read before it is asked for; `files` closes the files.
+
+    Args
+      problems: where it is given, what is wrong with one of the files goes there, and the others are read.
 
     Raises a file that is absent -> FileNotFoundError; one that is cut off, an index that does not fit its shards, or
     both an index and a file that it does not name -> ValueError.
     """
     names, listed = weight_files(folder)
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        missing = FileNotFoundError(
+            f"expected the {len(names)} shards that {INDEX_FILE} names in {folder}, missing {shown(absent)}; fetch "
+            "them, or change model.path"
+        )
+        _raise_or_keep(missing, problems)
     tensors: dict[str, StoredTensor] = {}
     for name in names:
+        if name in absent:
+            continue
         try:
             opened = files.enter_context(safe_open(folder / name, framework="np"))
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{folder / name} is not a whole safetensors file: {error}; fetch it again, or change model.path"
-            ) from error
-        held = opened.keys()
+            problem = f"{folder / name} is not a whole safetensors file: {error}; fetch it again, or change model.path"
+            _raise_or_keep(ValueError(problem), problems)
+            continue
+        held = list(opened.keys())
         if listed is not None:
-            _check_shard(folder, name, held, listed)
+            _check_shard(folder, name, held, listed, problems)
         tensors |= {key: StoredTensor(key, folder / name, opened.get_slice(key)) for key in held}
     return tensors
+
+
+def _raise_or_keep(problem: Exception, problems: list[str] | None) -> None:
+    if problems is None:
+        raise problem
+    problems.append(str(problem))
 
 
 def weight_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
@@ -129,12 +149,6 @@ def weight_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None
             f"{folder} holds {WEIGHTS_FILE} and an index that does not name it: two models, and other tools would take "
             "the first; remove one of them"
         )
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise FileNotFoundError(
-            f"expected the {len(names)} shards that {INDEX_FILE} names in {folder}, missing {shown(absent)}; fetch "
-            "them, or change model.path"
-        )
     return names, listed
 
 
@@ -144,15 +158,18 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED_IN_ERROR]) + (f" and {more} more" if more > 0 else "") if names else "none"
 
 
-def _check_shard(folder: pathlib.Path, name: str, held: Sequence[str], listed: Mapping[str, str]) -> None:
+def _check_shard(
+    folder: pathlib.Path, name: str, held: Sequence[str], listed: Mapping[str, str], problems: list[str] | None
+) -> None:
     promised = {key for key, file in listed.items() if file == name}
     missing, extra = sorted(promised - set(held)), sorted(set(held) - promised)
     if missing or extra:
         words = [f"it lacks {shown(missing)}"] * bool(missing) + [f"it also holds {shown(extra)}"] * bool(extra)
-        raise ValueError(
+        problem = ValueError(
             f"{folder / name} does not hold what {INDEX_FILE} says: {'; '.join(words)}. The files are of different "
             "downloads or models: fetch all of them again"
         )
+        _raise_or_keep(problem, problems)
 
 
 def _is_plain(name: Any) -> bool:

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from hptjax.models.folder_files import INDEX_FILE, WEIGHTS_FILE
+from hptjax.models.folder_files import INDEX_FILE, WEIGHTS_FILE, all_finite
 
 SHARD_BYTES = 5 * 10**9  # of a file: the limit that published folders are cut at
 SAVED_DTYPES = {
@@ -29,6 +29,21 @@ def saved_dtype(dtype: Any) -> np.dtype:
     stored = np.dtype(dtype)
     if stored not in SAVED_DTYPES.values():
         raise ValueError(f"weights are written as {', '.join(SAVED_DTYPES)}; got dtype {stored}")
+    return stored
+
+
+def as_saved(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A tensor in the dtype of a file, rounded to nearest even, contiguous.
+
+    Raises a value that is not finite, or one that the dtype cannot hold -> ValueError naming the tensor.
+    """
+    with np.errstate(over="ignore"):  # what overflows shows as infinite
+        stored = np.ascontiguousarray(value.astype(dtype))
+    if not all_finite(stored):
+        reason = "the weight itself is not finite" if not all_finite(value) else f"{dtype} cannot hold it"
+        raise ValueError(
+            f"{name}: expected finite weights as {dtype}, got NaN or infinite ones: {reason}; change dtype"
+        )
     return stored
 
 
@@ -56,7 +71,9 @@ def write_weights(
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     folder.mkdir(parents=True, exist_ok=True)
     for name, keys in zip(names, shards, strict=True):
-        save_file({key: tensor(key) for key in keys}, folder / f"{name}.partial", metadata={"format": "pt"})
+        partial = folder / f"{name}.partial"
+        save_file({key: tensor(key) for key in keys}, partial, metadata={"format": "pt"})
+        partial.chmod(0o666 & ~_umask())  # safetensors lets only the owner read
     index = {
         "metadata": {"total_size": sum(sizes.values())},
         "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in keys},
@@ -75,6 +92,12 @@ def _weights_in(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
     """The weight files that lie in a folder beside those of these names."""
     found = [path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name)]
     return [name for name in [WEIGHTS_FILE, *found] if name not in names]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
