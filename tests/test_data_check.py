@@ -137,3 +137,11 @@ def test_data_check_where_nothing_is_left_ends_with_status_2(folder):
     status, report = checked(folder, "a.jsonl", *TOKENIZER)
     assert status == 2
     assert report["problems"] == ["no question of the train split is left: {'demonstration_unverified': 60}"]
+
+
+def test_data_check_of_conversations_alone_asks_for_no_answer(folder):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    write_rows(folder / "a.jsonl", [{"messages": turns}])
+    status, report = checked(folder, "a.jsonl", *TOKENIZER)
+    assert (status, report["splits"]["train"]["kept"]) == (0, 1)
+    assert report["splits"]["train"]["demonstrations"]["judged"] == 0

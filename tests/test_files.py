@@ -304,3 +304,18 @@ def test_files_tokenizer_is_read_from_the_folder(tmp_path):
     tokenizer = byte_tokenizer(tmp_path, CHAT)
     assert load_tokenizer(tmp_path).chat_template == tokenizer.chat_template == CHAT
     assert np.asarray(load_tokenizer(tmp_path).encode("🙂 é", add_special_tokens=False)).size > 2
+
+
+def test_files_without_answers_train_by_sft_alone(tmp_path):
+    """TRL's prompt and completion: nothing is judged in training; what is evaluated needs answers."""
+    rows = [{"prompt": row["prompt"], "completion": row["demo"]} for row in ROWS[:40]]
+    held_out = {
+        "data__test_files": (write_rows(tmp_path / "test.jsonl", HELD_OUT[:8]),),
+        "data__validation_files": (write_rows(tmp_path / "validation.jsonl", HELD_OUT[8:]),),
+    }
+    config = on_files(tmp_path, rows, method="sft", train__steps=1, **held_out)
+    with open_parts(config) as parts:
+        assert len(parts.questions.train) == 40
+    assert tiny.train(changed(config, eval__train_questions=4))["witness_ok"]  # of which none can be judged
+    with pytest.raises(ValueError, match="'no_answer': 40"), open_parts(changed(config, method="hpt")):
+        pass

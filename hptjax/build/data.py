@@ -13,7 +13,7 @@ from hptjax.build.files import file_examples, files_record
 from hptjax.build.prompts import PromptFormat
 from hptjax.config import Config, TaskConfig
 from hptjax.config_batch import steps_of
-from hptjax.config_methods import learns_from_demonstrations
+from hptjax.config_methods import learns_from_demonstrations, learns_from_rollouts
 from hptjax.data import tokenizer as text
 from hptjax.data.prepare import Judge as DemonstrationJudge
 from hptjax.data.prepare import Limits, prepare_questions
@@ -106,8 +106,8 @@ def build_questions(config: Config, task: Task, tokenizer: Any, prompts: PromptF
     """The splits with tokens, their demonstrations verified; what does not fit is dropped and counted.
 
     The demonstrations of a corpus that is corrupt on purpose (`task.corrupt`) are taken as they are. Of data files only
-    training questions need a demonstration, and those only where a stage learns from demonstrations; the answer that a
-    question is judged by is needed throughout.
+    training questions need a demonstration, and those only where a stage learns from demonstrations. The answer that a
+    question is judged by is needed wherever completions are sampled.
     """
     found = file_examples(config) if config.data.files else None
     examples = build_examples(config, task) if found is None else found.splits
@@ -139,11 +139,12 @@ def build_questions(config: Config, task: Task, tokenizer: Any, prompts: PromptF
 def build_limits(config: Config, split: str) -> Limits:
     """What an example of a split must have. A task's own examples have everything, so a lack is a fault of theirs."""
     data = config.data
+    samples = any(learns_from_rollouts(method) for _, method, _ in steps_of(config))
     return Limits(
         prompt_tokens=data.max_prompt_tokens,
         completion_tokens=config.rollout.max_completion_tokens,
         demonstration=not data.files or (split == "train" and _learns(config)),
-        answer=True,
+        answer=split != "train" or samples,
         cut=data.long_demonstrations == "cut",
     )
 

@@ -68,8 +68,12 @@ def check_data(config: Config, *, split: bool, say: Callable[[str], None]) -> di
         judge = build_verifier(config, build_task(config.task), pool)
         for name, examples in found.splits.items():
             limits = build_limits(config, name)
-            if not split and not any(example.demonstration for example in examples):
-                limits = dataclasses.replace(limits, demonstration=False)  # questions for evaluation, or for RL alone
+            if not split:  # questions for evaluation or RL alone, and conversations for SFT alone, are of use, too
+                limits = dataclasses.replace(
+                    limits,
+                    demonstration=any(example.demonstration for example in examples),
+                    answer=any(example.answer for example in examples),
+                )
             say(f"{name}: encoding {len(examples)} examples, judging their demonstrations")
             looked, shown = _look(examples, prompts, limits, functools.partial(text.decode, tokenizer), judge)
             report["splits"][name] |= looked

@@ -48,7 +48,7 @@ def build_evaluator(config: Config, policy: Policy, questions: Questions, judge:
     splits = {
         "validation": questions.validation[: options.questions],
         "test": questions.test,
-        "train": questions.train[: max(options.train_questions, 1)],
+        "train": [q for q in questions.train if q.example.answer][: max(options.train_questions, 1)],
     }
     make_requests = request_maker(
         count=options.samples_per_question,
@@ -87,7 +87,7 @@ def build_evaluator(config: Config, policy: Policy, questions: Questions, judge:
             ends = step in (0, total_steps)
             names = ["validation"]
             names += ["test"] if ends or step in options.test_steps else []
-            names += ["train"] if ends and options.train_questions else []
+            names += ["train"] if ends and options.train_questions and splits["train"] else []
             row: dict[str, float] = {}
             for name in names:
                 result = run(params, splits[name])

@@ -84,8 +84,8 @@ def prepare_questions(
 
     Args
       encode: examples to questions; a demonstration's tokens end with the stop token. decode: tokens to text.
-      judge: (completions, answers) -> verdicts on the demonstrations; it sees what the tokens say, not the source text.
-        None: they are taken as they are, like those that are not needed.
+      judge: (completions, answers) -> verdicts on the demonstrations. None: they are taken as they are, like those
+        that are not needed, and those without an answer.
     Raises
       nothing left -> ValueError with the counts and the fields to change.
     """
@@ -97,9 +97,10 @@ def prepare_questions(
         else:
             assert outcome.question is not None
             fitting.append(outcome.question)
-    questions = fitting
+    wrong: set[int] = set()
     if judge is not None and limits.demonstration:
-        questions = [question for question, verdict in judged(fitting, decode, judge) if verdict.solved]
+        wrong = {q.question_id for q, verdict in judged(fitting, decode, judge) if not verdict.solved}
+    questions = [question for question in fitting if question.question_id not in wrong]
     dropped["demonstration_unverified"] = len(fitting) - len(questions)
     if not questions:
         raise ValueError(
@@ -133,12 +134,15 @@ def outcomes(examples: Sequence[Example], encode: Encode, limits: Limits) -> Ite
 def judged(
     questions: Sequence[Question], decode: Callable[[np.ndarray], str], judge: Judge
 ) -> list[tuple[Question, Verdict]]:
-    """The questions, each with the verifier's word on its demonstration as the tokens say it."""
-    if not questions:
+    """The questions with an answer to judge by, each with the verifier's word on its demonstration.
+
+    It sees what the tokens say, not the source text.
+    """
+    known = [question for question in questions if question.example.answer]
+    if not known:
         return []
-    texts = [decode(question.demonstration_tokens) for question in questions]
-    verdicts = judge(texts, [question.example.answer for question in questions])
-    return list(zip(questions, verdicts, strict=True))
+    texts = [decode(question.demonstration_tokens) for question in known]
+    return list(zip(known, judge(texts, [question.example.answer for question in known]), strict=True))
 
 
 def _lacks(example: Example, limits: Limits) -> str | None:
