@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
+import textwrap
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -187,23 +190,31 @@ def test_files_become_questions_by_the_chat_template(tmp_path):
         assert parts.questions.record["prompt"]["end"] == "[end]"
 
 
-def test_files_become_questions_within_a_plain_text(tmp_path):
-    """Llama-3.1-8B in HPT: no chat template, no bos, the eos after the demonstration."""
-    plain = "Question:\n{question}\nAnswer:\nLet's think step by step."
-    config = on_files(tmp_path, template=None, prompt__template="plain", prompt__plain=plain)
+def test_files_become_questions_as_the_docs_have_them_for_llama(tmp_path, repository):
+    """Llama-3.1-8B in HPT (spec/hpt.md 3.2): no chat template, no bos, the eos after the demonstration."""
+    blocks = re.findall(r"    \[prompt\]\n(?:    .*\n)+", (repository / "docs" / "data.md").read_text())
+    qwen, llama = (tomllib.loads(textwrap.dedent(block))["prompt"] for block in blocks)
+    assert qwen == {"system": "", "end": "eos"}
+    fields = {f"prompt__{name}": value for name, value in llama.items()}
+    rows = [{**row, "prompt": [{"role": "system", "content": "Think."}, *_turns(row)]} for row in ROWS]
+    config = on_files(tmp_path, rows, None, data__max_prompt_tokens=160, rollout__prompt_buckets=(160,),
+                      rollout__cache_capacity=192, batch__row_tokens=192, **fields)  # fmt: skip
     for bos in (False, True):
         with open_parts(changed(config, prompt__bos=bos)) as parts:
-            question = parts.questions.train[0]
+            question, tokenizer = parts.questions.train[0], parts.policy.tokenizer
+            asked = next(row["prompt"][1]["content"] for row in rows if row["demo"] == question.example.demonstration)
+            assert question.example.prompt == (
+                f"Question:\n{asked}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+                "\nAnswer:\nLet's think step by step."
+            )
             tokens = question.prompt_tokens.tolist()
-            assert tokens[:1] != [1] or bos
-            assert parts.policy.tokenizer.decode(tokens[int(bos) :]) == question.example.prompt
-            assert question.example.prompt.startswith("Question:\nMake ")
-            assert question.demonstration_tokens[-1] == parts.policy.tokenizer.eos_token_id
+            assert tokenizer.decode(tokens) == ("[start]" if bos else "") + question.example.prompt
+            assert question.demonstration_tokens[-1] == tokenizer.eos_token_id
 
 
 def test_files_with_reasoning_lose_the_tag_that_the_prompt_has_opened_and_nothing_else(tmp_path):
     """spec/hpt.md 3.1: `<think>` and its line end go only where the rendered prompt ends with them."""
-    rows = [{**row, "demo": f"<think>\nhm\n</think>\n{row['demo']}"} for row in ROWS]
+    rows = [{**row, "demo": f"<think>\nhm\n</think>\n{row['demo']}", "answer": "5"} for row in ROWS]
     for template, expected in ((OPENED, "hm\n</think>\n"), (CHAT, "<think>\nhm\n</think>\n")):
         config = on_files(tmp_path, rows, template, method="grpo", prompt__end="eos", data__demonstrations=False)
         with open_parts(config) as parts:
@@ -211,6 +222,7 @@ def test_files_with_reasoning_lose_the_tag_that_the_prompt_has_opened_and_nothin
             text = parts.policy.tokenizer.decode(written.demonstration_tokens)
             assert text.startswith(expected)
             assert text.endswith("[eos]")
+            assert written.example.answer.get("thinking", False) == (template is OPENED)
             assert all(len(question.demonstration_tokens) == 0 for question in parts.questions.train)
 
 
@@ -255,24 +267,29 @@ def training_rows(summary):
     return [{name: value for name, value in row.items() if name.startswith(kept)} for row in rows]
 
 
-def test_files_run_trains_is_taken_up_and_is_bound_to_its_prompts(tmp_path, capsys):
+def test_files_run_trains_is_taken_up_and_is_bound_to_its_prompts(tmp_path):
     config = on_files(tmp_path, [*ROWS, {"prompt": ""}], train__steps=1)
-    whole = tiny.train(changed(config, name="whole", train__steps=3))
     folder = Path(tiny.train(config)["folder"])
     data = json.loads((folder / "data.json").read_text())
     assert data["files"][0]["rows"] == 61
     assert data["dropped"][str(tmp_path / "train.jsonl")] == {"no_question": 1}
-    assert data["prompt"]["template"] == "chat"
-    assert data["prompt"]["date"] is None
-    # the same rows in another order, and more steps: the run goes on as the one that was never stopped
+    assert (data["prompt"]["template"], data["prompt"]["date"]) == ("chat", None)
+    # the same rows in another order are the same questions: the run goes on
     write_rows(tmp_path / "train.jsonl", [{"prompt": ""}, *ROWS[::-1]])
-    again = tiny.train(changed(config, train__steps=3))
-    assert training_rows(again) == training_rows(whole)
-    # a changed template is refused by name, before anything of the data is looked at
+    assert tiny.train(changed(config, train__steps=2))["steps"] == 2
+    # a changed template is refused by name
     byte_tokenizer(tmp_path / "bytes", CHAT.replace("careful", "careless"))
     with pytest.raises(ValueError, match=r"expected the prompt format that run folder .* was started with"):
-        tiny.train(changed(config, train__steps=4))
-    byte_tokenizer(tmp_path / "bytes", CHAT)
+        tiny.train(changed(config, train__steps=3))
+
+
+@pytest.mark.slow
+def test_files_run_that_is_taken_up_is_the_run_that_was_never_stopped(tmp_path):
+    config = on_files(tmp_path, train__steps=1)
+    whole = tiny.train(changed(config, name="whole", train__steps=3))
+    tiny.train(config)
+    write_rows(tmp_path / "train.jsonl", ROWS[::-1])
+    assert training_rows(tiny.train(changed(config, train__steps=3))) == training_rows(whole)
     write_rows(tmp_path / "train.jsonl", [*ROWS, *HELD_OUT])
     with pytest.raises(ValueError, match="data position with"):
         tiny.train(changed(config, train__steps=4))
@@ -306,7 +323,7 @@ def test_files_tokenizer_is_read_from_the_folder(tmp_path):
     assert np.asarray(load_tokenizer(tmp_path).encode("🙂 é", add_special_tokens=False)).size > 2
 
 
-def test_files_without_answers_train_by_sft_alone(tmp_path):
+def test_files_without_answers_are_for_sft_alone(tmp_path):
     """TRL's prompt and completion: nothing is judged in training; what is evaluated needs answers."""
     rows = [{"prompt": row["prompt"], "completion": row["demo"]} for row in ROWS[:40]]
     held_out = {
@@ -316,6 +333,17 @@ def test_files_without_answers_train_by_sft_alone(tmp_path):
     config = on_files(tmp_path, rows, method="sft", train__steps=1, **held_out)
     with open_parts(config) as parts:
         assert len(parts.questions.train) == 40
-    assert tiny.train(changed(config, eval__train_questions=4))["witness_ok"]  # of which none can be judged
+        assert [len(split) for split in (parts.questions.validation, parts.questions.test)] == [6, 6]
     with pytest.raises(ValueError, match="'no_answer': 40"), open_parts(changed(config, method="hpt")):
         pass
+
+
+@pytest.mark.slow
+def test_files_without_answers_train_and_are_evaluated_on_those_that_have_one(tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["demo"]} for row in ROWS[:40]]
+    held_out = {
+        "data__test_files": (write_rows(tmp_path / "test.jsonl", HELD_OUT[:8]),),
+        "data__validation_files": (write_rows(tmp_path / "validation.jsonl", HELD_OUT[8:]),),
+    }
+    config = on_files(tmp_path, rows, method="sft", train__steps=1, eval__train_questions=4, **held_out)
+    assert tiny.train(config)["witness_ok"]

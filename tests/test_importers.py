@@ -11,7 +11,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hptjax.build.files import FORMATS, choose_importer
@@ -19,6 +19,7 @@ from hptjax.data import importers
 from hptjax.data.identity import canonical_text, content_ids
 from hptjax.data.imported import read_examples
 from hptjax.data.importers import ROW_REASONS
+from hptjax.data.prepare import DROP_REASONS
 from hptjax.data.rows import Unreadable, open_rows
 from hptjax.records import Example
 
@@ -275,6 +276,7 @@ final_answer instruction input output""".split()
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(sorted(FORMATS)), st.dictionaries(st.sampled_from(FIELDS), JSON))
+@example("problem_answer", {"problem": [{"role": []}]})
 def test_importer_never_raises_whatever_a_row_holds(format, row):
     found = FORMATS[format](row)
     if isinstance(found, str):
@@ -344,3 +346,10 @@ def test_content_ids_that_collide_are_told_apart_in_any_order(monkeypatch):
     assert len(set(ids)) == 12
     assert max(ids) < 16
     assert content_ids(examples[::-1]) == ids[::-1]
+
+
+def test_reasons_for_which_rows_are_left_out_stand_in_the_docs(repository):
+    text = (repository / "docs" / "data.md").read_text()
+    left_out = ["duplicate", "also_in_test", "also_in_validation", "outside_fractions", "over_limit"]
+    assert [reason for reason in (*ROW_REASONS, *DROP_REASONS, *left_out) if reason not in text] == []
+    assert [name for name in FORMATS if f"| {name} |" not in text] == []

@@ -27,8 +27,8 @@ ROW_REASONS = {
     "malformed_answer": "an answer that is no text, number, list of these or object",
 }
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-ASKING = frozenset({"user", "tool"})  # who may speak last before a completion
+ROLES = ("system", "developer", "user", "assistant", "tool")  # no sets: a row may hold anything, unhashable too
+ASKING = ("user", "tool")  # who may speak last before a completion
 
 
 class Malformed(ValueError):

@@ -122,10 +122,17 @@ def make_encode(
                 found.append("not_encodable")
                 continue
             whole = np.asarray([*answer, *stop.tolist()] if example.demonstration else [], np.int32)
-            found.append(Question(example, np.asarray([*start, *prompt], np.int32), whole))
+            found.append(Question(_with_thinking(example), np.asarray([*start, *prompt], np.int32), whole))
         return found
 
     return encode
+
+
+def _with_thinking(example: Example) -> Example:
+    """The example; where its prompt has opened a thought, its gold answer says so: completions begin inside one."""
+    if not example.prompt.rstrip().endswith(THINK.rstrip()) or "answer" not in example.answer:
+        return example
+    return dataclasses.replace(example, answer={**example.answer, "thinking": True})
 
 
 def _attempt(write: Write, example: Example) -> Example | str:
