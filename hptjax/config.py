@@ -40,9 +40,10 @@ class StageConfig:
 class RewardFunction:
     """A reward by name, with its weight in the sum."""
 
-    name: (
-        str  # "verify" is the task's verifier, "well_formed" looks at the form alone; the first named decides "solved"
-    )
+    # "verify" is the task's verifier, "well_formed" looks at the form alone; for data sets with answers also
+    # "math_strict", "math_lenient", "math_hpt" (HPT's published grader) and "math_format"; module:function is your own,
+    # a function (prompt, completion, answer) -> float or Verdict. The first named decides "solved"
+    name: str
     weight: float = 1.0  # rewards add as weight x value
 
 

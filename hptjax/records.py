@@ -148,12 +148,57 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Grade:
+    """What an answer verifier says of one completion under one policy.
+
+    Args
+      policy: "strict", "lenient" or "hpt".
+      reason: the route that found the answers equal, "exact", "numeric", "symbolic", "set", "choice" or "math_verify";
+        "none" where none did.
+      status: "ok" where both answers were read, also when only math-verify could; else "no_answer", "parse_error" or
+        "no_gold".
+      extracted: the text that was taken for the answer, at most 256 characters of it.
+      canonical: that text in the form that was compared, likewise cut.
+    """
+
+    policy: str
+    correct: bool
+    reason: str
+    status: str
+    extracted: str | None = None
+    canonical: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A verifier's word on one completion: a reward, whether it counts as solved, and why."""
+    """A verifier's word on one completion: a reward, whether it counts as solved, and why.
+
+    Args
+      grades: the same completion by each policy of an answer verifier, the one that gave the reward first; empty for
+        other verifiers.
+    """
 
     reward: float
     solved: bool
     reason: str
+    grades: tuple[Grade, ...] = dataclasses.field(default=(), repr=False)
+
+    def solved_by(self, policy: str) -> bool:
+        """The word of one policy; `solved` where the verifier has no such policy."""
+        return next((grade.correct for grade in self.grades if grade.policy == policy), self.solved)
+
+
+def verdict_to_json(verdict: Verdict) -> list[Any]:
+    """A verdict as JSON values: [reward, solved, reason] or, with grades, [reward, solved, reason, grades]."""
+    fields: list[Any] = [verdict.reward, verdict.solved, verdict.reason]
+    return [*fields, [list(dataclasses.astuple(grade)) for grade in verdict.grades]] if verdict.grades else fields
+
+
+def verdict_from_json(fields: Sequence[Any]) -> Verdict:
+    """The verdict that `verdict_to_json` wrote. Raises TypeError or ValueError where it is not of that form."""
+    reward, solved, reason, *rest = fields
+    (grades,) = rest or [[]]
+    return Verdict(reward, solved, reason, tuple(Grade(*grade) for grade in grades))
 
 
 RewardFunction = Callable[[str, Mapping[str, Any]], Verdict]

@@ -156,7 +156,7 @@ def encoder(tokenizer, write=as_written):
     )
 
 
-def judge(texts, answers):
+def judge(texts, answers, prompts):
     return [verify(text, answer) for text, answer in zip(texts, answers, strict=True)]
 
 
@@ -240,7 +240,7 @@ def test_prepare_refuses_when_nothing_is_left(tokenizer):
 def test_prepare_judges_what_the_tokens_say(tokenizer):
     seen = []
 
-    def solves_all(texts, answers):
+    def solves_all(texts, answers, prompts):
         seen.extend(texts)
         return [Verdict(1.0, True, "correct")] * len(texts)
 

@@ -13,20 +13,21 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "hptjax"
 RUNGS = {
     0: {"errors", "records", "types"},
     1: {"masked"},
-    2: {"losses", "models", "sharding", "data", "rewards", "tasks", "diagnostics"},
+    2: {"losses", "models", "sharding", "data", "rewards", "tasks", "verify", "diagnostics"},
     3: {"hpt", "rollout"},
     4: {"train", "eval"},
 }
 RUNG_OF = {name: rung for rung, names in RUNGS.items() for name in names}
 TOP_PACKAGES = {"audit", "build", "compare", "plan", "upge"}
 TOP = 5  # cli, build, config, compare and whatever else stands at the package's top; siblings here do meet
-WITHOUT_JAX = {"records", "rewards", "tasks"}
+WITHOUT_JAX = {"records", "rewards", "tasks", "verify"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}
 NEVER = {"torch", "tensorflow", "trl", "tunix", "ray", "pickle", "cloudpickle", "dill"}
 PEERS = (
     "hptjax.audit.peers.",
     {"torch", "trl", "tunix"},
 )  # adapters for these trainers may import them; nobody else may
+SYMPY = ("hptjax.verify.last_route", {"math_verify", "sympy", "latex2sympy2_extended"})  # runs in workers only
 KIT = {  # of `hptjax audit`: runs where there is no jax, and knows nothing of the rest of hptjax
     f"hptjax.audit.{name}"
     for name in """decode effects findings job judge kit probe probe_clip probe_nan probe_rates probes problems read
@@ -57,6 +58,8 @@ def violations(source: str, module: str) -> list[str]:
         parts = name.split(".")
         if parts[0] in NEVER and not (module.startswith(PEERS[0]) and parts[0] in PEERS[1]):
             found.append(f"{module} imports {name}")
+        if parts[0] in SYMPY[1] and module != SYMPY[0]:
+            found.append(f"{module} imports {name}, which only {SYMPY[0]} may")
         if parts[0] in JAX and unit in WITHOUT_JAX:
             found.append(f"{module} imports {name}, but {unit} must not import jax")
         if module in KIT:
@@ -118,6 +121,8 @@ def test_layering_knows_every_package():
         ("hptjax.build", "from hptjax.cli import main"),
         ("hptjax.config", "from hptjax.hpt.gate import gate"),
         ("hptjax.audit.kit", "import jax"),
+        ("hptjax.verify.grade", "def f():\n    import math_verify"),
+        ("hptjax.verify.grade", "from hptjax.tasks import countdown"),
         ("hptjax.audit.probes", "from hptjax.audit import job\nfrom hptjax.train import step"),
         ("hptjax.audit.adapters.jax_loop", "import torch"),
         ("hptjax.audit.peers.torch_loop", "import pickle"),
@@ -182,7 +187,7 @@ def test_layering_verifiers_and_help_load_no_jax():
     """A second route for the same claim: what Python has loaded after the imports, not what the sources say."""
     light = [name for name, _ in modules() if name.split(".")[1] in WITHOUT_JAX and not name.endswith("__init__")]
     light += sorted(KIT)
-    unwanted = JAX | NEVER - {"pickle"}  # the standard library itself loads pickle
+    unwanted = JAX | SYMPY[1] | NEVER - {"pickle"}  # the standard library itself loads pickle
     imports = "\n".join(f"import {name}" for name in [*light, "hptjax.cli", "hptjax.explain"])
     code = f"{imports}\nimport sys\nloaded = {unwanted!r} & sys.modules.keys()\nassert not loaded, loaded"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

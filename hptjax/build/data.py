@@ -11,6 +11,7 @@ import numpy as np
 
 from hptjax.build.files import file_examples, files_record
 from hptjax.build.prompts import PromptFormat
+from hptjax.build.rewards import reward_functions
 from hptjax.config import Config, TaskConfig
 from hptjax.config_batch import steps_of
 from hptjax.config_methods import learns_from_demonstrations, learns_from_rollouts
@@ -30,8 +31,11 @@ from hptjax.records import (
     Sample,
     SampleId,
     Verdict,
+    verdict_from_json,
+    verdict_to_json,
 )
 from hptjax.rewards.combine import combine
+from hptjax.rewards.functions import UserReward
 from hptjax.rewards.pool import RewardPool
 from hptjax.sharding.agree import in_shares
 from hptjax.tasks.countdown import countdown
@@ -160,29 +164,37 @@ def build_verifier(config: Config, task: Task, pool: RewardPool) -> Demonstratio
 
     Every process verifies its share of them.
     """
-    verify = functools.partial(pool.judge, reward_functions(config, task)[0] if config.data.files else task.verify)
+    verify = functools.partial(pool.judge, _reward_functions(config, task)[0] if config.data.files else task.verify)
 
-    def verified(completions: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    def verified(
+        completions: Sequence[str], answers: Sequence[Mapping[str, Any]], prompts: Sequence[str]
+    ) -> list[Verdict]:
         return in_shares(
-            list(zip(completions, answers, strict=True)),
-            lambda own: verify([completion for completion, _ in own], [answer for _, answer in own]),
+            list(zip(completions, answers, prompts, strict=True)),
+            lambda own: verify([each[0] for each in own], [each[1] for each in own], [each[2] for each in own]),
             "verifying demonstrations",
-            encode=lambda verdict: [verdict.reward, verdict.solved, verdict.reason],
-            decode=lambda _, said: Verdict(*said),
+            encode=verdict_to_json,
+            decode=lambda _, said: verdict_from_json(said),
         )
 
     return verified
 
 
 def build_judge(config: Config, task: Task, tokenizer: Any, pool: RewardPool) -> Judge:
-    """Asks every reward function about every sample; the first one's word is what the gate counts."""
-    functions = reward_functions(config, task)
+    """Asks every reward function about every sample; the first one's word is what the gate counts.
+
+    Raises
+      a name in `reward.functions` that is no function, or one that workers cannot import -> ValueError.
+    """
+    functions = _reward_functions(config, task)
+    pool.load(functions)
     weights = [function.weight for function in config.reward.functions]
 
     def judge(samples: Sequence[Sample], questions: Mapping[int, Question]) -> list[tuple[Sample, list[Verdict]]]:
         completions = [text.decode(tokenizer, sample.completion_tokens) for sample in samples]
         answers = [questions[sample.sample_id.question].example.answer for sample in samples]
-        verdicts = pool.score(functions, completions, answers)
+        prompts = [questions[sample.sample_id.question].example.prompt for sample in samples]
+        verdicts = pool.score(functions, completions, answers, prompts)
         rewards = combine(verdicts, weights)
         judged = [
             dataclasses.replace(sample, reward=float(total), solved=bool(solved))
@@ -193,16 +205,8 @@ def build_judge(config: Config, task: Task, tokenizer: Any, pool: RewardPool) ->
     return judge
 
 
-def reward_functions(config: Config, task: Task) -> list[RewardFunction]:
-    """The functions of `reward.functions`, in their order."""
-    by_name = {"verify": task.verify, "well_formed": task.well_formed}
-    unknown = [function.name for function in config.reward.functions if function.name not in by_name]
-    if unknown:
-        raise ValueError(
-            f"expected reward functions of the task {task.name!r} ({sorted(by_name)}), got {unknown}; "
-            "change reward.functions"
-        )
-    return [by_name[function.name] for function in config.reward.functions]
+def _reward_functions(config: Config, task: Task) -> list[RewardFunction | UserReward]:
+    return reward_functions([function.name for function in config.reward.functions], None if config.data.files else task)
 
 
 def build_requests(config: Config, stop_ids: frozenset[int], plan: PrefixPlan) -> RolloutPlan:

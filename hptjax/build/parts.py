@@ -18,7 +18,7 @@ from hptjax.build.frozen import with_author_logprobs
 from hptjax.build.policy import Policy, build_policy
 from hptjax.build.prompts import build_prompts
 from hptjax.config import Config, resolved
-from hptjax.records import Judge, Question, Sample, Verdict
+from hptjax.records import Judge, Question, Sample, Verdict, verdict_from_json, verdict_to_json
 from hptjax.rewards.pool import RewardPool
 from hptjax.rundir import compile_cache_folder
 from hptjax.sharding.agree import check_same, in_shares
@@ -67,11 +67,13 @@ def _judge_in_shares(judge: Judge) -> Judge:
 
     def encode(result: tuple[Sample, list[Verdict]]) -> list[Any]:
         sample, verdicts = result
-        return [sample.reward, sample.solved, [[v.reward, v.solved, v.reason] for v in verdicts]]
+        return [sample.reward, sample.solved, [verdict_to_json(verdict) for verdict in verdicts]]
 
     def decode(sample: Sample, said: list[Any]) -> tuple[Sample, list[Verdict]]:
         reward, solved, verdicts = said
-        return dataclasses.replace(sample, reward=reward, solved=solved), [Verdict(*entry) for entry in verdicts]
+        return dataclasses.replace(sample, reward=reward, solved=solved), [
+            verdict_from_json(entry) for entry in verdicts
+        ]
 
     def shared(samples: Sequence[Sample], questions: Mapping[int, Question]) -> list[tuple[Sample, list[Verdict]]]:
         return in_shares(samples, lambda own: judge(own, questions), "judging samples", encode=encode, decode=decode)

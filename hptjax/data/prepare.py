@@ -26,7 +26,8 @@ DROP_REASONS = (
 )
 CHUNK = 256  # examples encoded together
 
-Judge = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Sequence[Verdict]]
+Judge = Callable[[Sequence[str], Sequence[Mapping[str, Any]], Sequence[str]], Sequence[Verdict]]
+"""Completions, answers and prompts -> verdicts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def prepare_questions(
 
     Args
       encode: examples to questions; a demonstration's tokens end with the stop token. decode: tokens to text.
-      judge: (completions, answers) -> verdicts on the demonstrations. None: they are taken as they are, like those
+      judge: verdicts on the demonstrations. None: they are taken as they are, like those
         that are not needed, and those without an answer.
     Raises
       nothing left -> ValueError with the counts and the fields to change.
@@ -142,7 +143,8 @@ def judged(
     if not known:
         return []
     texts = [decode(question.demonstration_tokens) for question in known]
-    return list(zip(known, judge(texts, [question.example.answer for question in known]), strict=True))
+    answers, prompts = [q.example.answer for q in known], [q.example.prompt for q in known]
+    return list(zip(known, judge(texts, answers, prompts), strict=True))
 
 
 def _lacks(example: Example, limits: Limits) -> str | None:

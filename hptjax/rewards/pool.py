@@ -2,7 +2,8 @@
 
 A function that hangs, dies, raises or answers nonsense costs its completion the reward and is counted by the verdict's
 reason: "timeout", "crashed", "raised: <exception>". The run goes on. The deadline is per completion and starts when
-the worker turns to it, not when it is queued.
+the worker turns to it, not when it is queued. From the first kill on, one more worker is kept ready with everything
+imported, so that a completion that hangs costs its deadline and not a start.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import selectors
 import sys
 import time
@@ -20,6 +22,7 @@ from functools import partial
 from typing import Any
 
 from hptjax.records import RewardFunction, Verdict
+from hptjax.rewards.functions import UserReward, cannot_load, import_path, raised, verdict_of
 from hptjax.rewards.process import WorkerProcess
 
 TIMEOUT = Verdict(0.0, False, "timeout")
@@ -30,9 +33,10 @@ MAX_LOAD_FAILURES = 3
 
 @dataclasses.dataclass(frozen=True)
 class _Load:
-    """A request to import a function."""
+    """A request to import a function; `users`: it is the user's own and takes the prompt too."""
 
     path: str
+    users: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,7 @@ class _Item:
 
     completion: int
     function: int
-    path: str
+    load: _Load
     message: bytes
 
 
@@ -73,7 +77,8 @@ class RewardPool:
         self._start = partial(WorkerProcess, deadline_s=deadline_s, memory_bytes=memory_bytes, show_output=show_output)
         self._identities = itertools.count()
         self._requests: dict[int, _Load | _Item] = {}
-        self._known: set[str] = set()
+        self._known: set[_Load] = set()  # what some worker has imported
+        self._reserve: WorkerProcess | None = None
         self._load_failures = 0
         self._closed = False
         self._streaming = False
@@ -88,64 +93,102 @@ class RewardPool:
     def close(self) -> None:
         """Ends the workers."""
         self._closed = True
-        for worker in self._workers:
+        for worker in self._processes():
             worker.kill()
-        self._workers = []
+        self._workers, self._reserve = [], None
 
     @property
     def process_ids(self) -> list[int]:
         """The workers' process ids."""
         return [worker.process.pid for worker in self._workers]
 
+    def load(self, functions: Sequence[RewardFunction | UserReward]) -> None:
+        """Imports functions in all workers, so that a wrong name is an error at the start. Raises as `stream` does."""
+        self._check_idle()
+        for worker in self._workers:
+            for function in functions:
+                self._send_load(worker, _load_of(function))
+            worker.flush()
+        while any(worker.owed for worker in self._workers):
+            self._turn(deque())
+
     def score(
-        self, functions: Sequence[RewardFunction], completions: Sequence[str], answers: Sequence[Mapping[str, Any]]
+        self,
+        functions: Sequence[RewardFunction | UserReward],
+        completions: Sequence[str],
+        answers: Sequence[Mapping[str, Any]],
+        prompts: Sequence[str] | None = None,
     ) -> list[list[Verdict]]:
-        """Verdicts [completion][function], in the order given. Raises as `stream` does."""
+        """Verdicts [completion][function], in the order given. Arguments and errors are those of `stream`."""
         verdicts: list[list[Verdict]] = [[] for _ in completions]
-        for index, row in self.stream(functions, completions, answers):
+        for index, row in self.stream(functions, completions, answers, prompts):
             verdicts[index] = row
         return verdicts
 
     def judge(
-        self, function: RewardFunction, completions: Sequence[str], answers: Sequence[Mapping[str, Any]]
+        self,
+        function: RewardFunction | UserReward,
+        completions: Sequence[str],
+        answers: Sequence[Mapping[str, Any]],
+        prompts: Sequence[str] | None = None,
     ) -> list[Verdict]:
-        """Verdicts of one function, in the order given. Raises as `stream` does."""
-        return [row[0] for row in self.score([function], completions, answers)]
+        """Verdicts of one function, in the order given. Arguments and errors are those of `stream`."""
+        return [row[0] for row in self.score([function], completions, answers, prompts)]
 
     def stream(
-        self, functions: Sequence[RewardFunction], completions: Sequence[str], answers: Sequence[Mapping[str, Any]]
+        self,
+        functions: Sequence[RewardFunction | UserReward],
+        completions: Sequence[str],
+        answers: Sequence[Mapping[str, Any]],
+        prompts: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, list[Verdict]]]:
         """(index of a completion, its verdicts by function) as they come in, each index once.
 
+        Args
+          prompts: one per completion; needed where a function is the user's own.
         Raises
           a function that workers cannot import by name -> ValueError, before anything is judged by it; never for
           anything that a function does with a completion.
         """
+        self._check_idle()
+        if len(completions) != len(answers):
+            raise ValueError(f"expected one answer per completion, got {len(answers)} for {len(completions)}")
+        if prompts is not None and len(prompts) != len(completions):
+            raise ValueError(f"expected one prompt per completion, got {len(prompts)} for {len(completions)}")
+        loads = [_load_of(function) for function in functions]
+        if not loads:
+            raise ValueError("expected at least one reward function in reward.functions, got none")
+        if prompts is None and any(load.users for load in loads):
+            raise ValueError("expected prompts for the user's own reward in reward.functions, got none")
+        return self._stream(loads, completions, answers, prompts or [""] * len(completions))
+
+    def _check_idle(self) -> None:
         if self._closed or self._streaming:
             state = "closed" if self._closed else "still at an earlier stream"
             raise ValueError(f"expected an open and idle RewardPool, got one that is {state}")
-        if len(completions) != len(answers):
-            raise ValueError(f"expected one answer per completion, got {len(answers)} for {len(completions)}")
-        paths = [import_path(function) for function in functions]
-        if not paths:
-            raise ValueError("expected at least one reward function in reward.functions, got none")
-        return self._stream(paths, completions, answers)
 
     def _stream(
-        self, paths: list[str], completions: Sequence[str], answers: Sequence[Mapping[str, Any]]
+        self,
+        loads: list[_Load],
+        completions: Sequence[str],
+        answers: Sequence[Mapping[str, Any]],
+        prompts: Sequence[str],
     ) -> Iterator[tuple[int, list[Verdict]]]:
         rows: dict[int, list[Verdict | None]] = {}
         waiting: deque[_Item] = deque()
         finished: list[tuple[_Item, Verdict]] = []
         for index, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
-            rows[index] = [None] * len(paths)
-            for function, path in enumerate(paths):
+            rows[index] = [None] * len(loads)
+            for function, load in enumerate(loads):
+                request = {"function": load.path, "completion": completion}
+                if load.users:
+                    request["prompt"] = prompts[index]
                 try:
-                    body = json.dumps({"function": path, "completion": completion, "answer": dict(answer)}).encode()
+                    body = json.dumps({**request, "answer": dict(answer)}).encode()
                 except (TypeError, ValueError) as error:
-                    finished.append((_Item(index, function, path, b""), _raised(type(error).__name__)))
+                    finished.append((_Item(index, function, load, b""), raised(type(error).__name__)))
                     continue
-                waiting.append(_Item(index, function, path, body[1:]))
+                waiting.append(_Item(index, function, load, body[1:]))
         try:
             self._streaming = True
             for slot, worker in enumerate(self._workers):
@@ -170,7 +213,7 @@ class RewardPool:
             self._hand_out(worker, waiting)
         readable, writable = self._wait()
         decided: list[tuple[_Item, Verdict]] = []
-        for slot, worker in enumerate(self._workers):
+        for slot, worker in enumerate(self._processes()):
             if slot in writable:
                 worker.flush()
             if slot in readable:
@@ -187,12 +230,18 @@ class RewardPool:
             return
         while waiting and len(worker.owed) < MAX_OWED:
             item = waiting.popleft()
-            if item.path not in worker.loaded:
-                worker.loaded.add(item.path)
-                load = {"load": item.path, "sys_path": list(sys.path), "limit_s": self._load_s}
-                self._send(worker, _Load(item.path), json.dumps(load).encode()[1:])
+            self._send_load(worker, item.load)
             self._send(worker, item, item.message)
         worker.flush()
+
+    def _send_load(self, worker: WorkerProcess, load: _Load) -> None:
+        """Has a function imported, unless the worker was told to before."""
+        if load.path in worker.loaded:
+            return
+        worker.loaded.add(load.path)
+        folders = [*sys.path, os.getcwd()] if load.users else list(sys.path)  # a user's module may lie where it is run
+        request = {"load": load.path, "users": load.users, "sys_path": folders, "limit_s": self._load_s}
+        self._send(worker, load, json.dumps(request).encode()[1:])
 
     def _send(self, worker: WorkerProcess, request: _Load | _Item, body: bytes) -> None:
         identity = next(self._identities)
@@ -204,11 +253,11 @@ class RewardPool:
 
     def _wait(self) -> tuple[set[int], set[int]]:
         """Which workers can be read and written, after waiting at most until the next deadline."""
-        busy = [worker for worker in self._workers if worker.owed]
+        busy = [worker for worker in self._processes() if worker.owed]
         ends = [worker.since + self._limit_s(worker) for worker in busy]
         timeout = max(0.0, min(ends) - time.monotonic()) + 0.001 if ends else 0.0
         with selectors.DefaultSelector() as selector:
-            for slot, worker in enumerate(self._workers):
+            for slot, worker in enumerate(self._processes()):
                 selector.register(worker.output, selectors.EVENT_READ, slot)
                 if worker.wants_to_write:
                     selector.register(worker.input, selectors.EVENT_WRITE, slot)
@@ -228,76 +277,60 @@ class RewardPool:
             return []
         request = self._requests[worker.owed[0]]
         if isinstance(request, _Item):
-            verdict = _verdict(reply)
+            verdict = verdict_of(reply)
             decided = [(request, verdict)]
         elif "loaded" in reply:
-            self._known.add(request.path)
+            self._known.add(request)
             self._load_failures = 0
             decided = []
-        elif request.path in self._known:
+        elif request in self._known:
             worker.dead = True
             return []
         else:
-            raise ValueError(_cannot_load(request.path, str(reply.get("failed"))))
+            raise ValueError(cannot_load(request.path, str(reply.get("failed"))))
         del self._requests[worker.owed[0]]
         worker.answered()
         return decided
 
     def _bury(self, slot: int, waiting: deque[_Item], verdict: Verdict) -> list[tuple[_Item, Verdict]]:
         """Replaces a worker. What it was at gets the verdict; what it had not begun goes back to the queue."""
-        worker = self._workers[slot]
+        worker = self._processes()[slot]
         owed = [self._requests[identity] for identity in worker.owed]
-        loading = bool(owed) and isinstance(owed[0], _Load)
+        load = owed[0] if owed and isinstance(owed[0], _Load) else None
         items = [request for request in owed if isinstance(request, _Item)]
         self._replace(slot)
-        if loading and owed[0].path not in self._known:
-            raise ValueError(_cannot_load(owed[0].path, f"{verdict.reason} while it was imported"))
-        self._load_failures = self._load_failures + 1 if loading else self._load_failures
+        if load is not None and load not in self._known:
+            raise ValueError(cannot_load(load.path, f"{verdict.reason} while it was imported"))
+        self._load_failures = self._load_failures + 1 if load is not None else self._load_failures
         # A function that cannot be loaded again and again must not keep the run waiting for ever.
-        begun = items[:1] if not loading or self._load_failures >= MAX_LOAD_FAILURES else []
+        begun = items[:1] if load is None or self._load_failures >= MAX_LOAD_FAILURES else []
         waiting.extendleft(reversed(items[len(begun) :]))
         return [(item, verdict) for item in begun]
 
     def _replace(self, slot: int) -> None:
-        worker = self._workers[slot]
+        """Kills a worker and puts the reserve in its place, or a new worker where the reserve is not ready."""
+        worker = self._processes()[slot]
         for identity in worker.owed:
             self._requests.pop(identity, None)
         worker.kill()
-        self._workers[slot] = self._start()
+        if slot == len(self._workers):
+            self._reserve = None
+            return
+        ready = self._reserve
+        if ready is not None and not ready.owed and not ready.dead and ready.process.poll() is None:
+            self._workers[slot], self._reserve = ready, None
+        else:
+            self._workers[slot] = self._start()
+        if self._reserve is None:
+            self._reserve = self._start()
+            for load in self._known:
+                self._send_load(self._reserve, load)
+            self._reserve.flush()
+
+    def _processes(self) -> list[WorkerProcess]:
+        """The workers by slot, and the reserve last where there is one."""
+        return [*self._workers, *([] if self._reserve is None else [self._reserve])]
 
 
-def import_path(function: RewardFunction) -> str:
-    """`module:name` of a module-level function, by which a worker imports it.
-
-    Raises
-      anything that another process cannot import by name -> ValueError.
-    """
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    found = getattr(sys.modules.get(module or ""), name or "", None)
-    if not module or not name or module == "__main__" or found is not function:
-        raise ValueError(
-            f"expected reward.functions to name functions defined at the top level of an importable module, because a "
-            f"reward runs in another process, which imports it by name; got {function!r} ({module}:{name}). A lambda, "
-            f"a closure, a method, a partial or a function of a script or notebook cell cannot be used: move it into "
-            f"a module"
-        )
-    return f"{module}:{name}"
-
-
-def _verdict(reply: Mapping[str, Any]) -> Verdict:
-    """The verdict in a reply, checked once more, since the process that wrote it ran foreign code."""
-    if "raised" in reply:
-        return _raised(str(reply["raised"]))
-    fields = reply.get("verdict")
-    types = [type(field) for field in fields] if isinstance(fields, list) else []
-    if types != [float, bool, str] or not math.isfinite(reply["verdict"][0]):
-        return _raised("TypeError")
-    return Verdict(*reply["verdict"])
-
-
-def _raised(name: str) -> Verdict:
-    return Verdict(0.0, False, f"raised: {name[:100]}")
-
-
-def _cannot_load(path: str, why: str) -> str:
-    return f"expected reward.functions to name functions that a worker can import, got {path}: {why}"
+def _load_of(function: RewardFunction | UserReward) -> _Load:
+    return _Load(import_path(function), isinstance(function, UserReward))

@@ -4,12 +4,16 @@ It trusts nothing that it runs. The functions' standard input is empty and their
 the protocol has its two pipes to itself. Whatever a function raises becomes a reply. The process ends with its parent:
 at the end of its input, by a thread that watches the parent, and, where a function keeps the interpreter lock, by a
 limit on CPU time per request.
+
+A module of reward functions may have a `prepare_worker(deadline_s)`, called when a function of it is loaded and before
+any deadline starts: the place for slow imports and for models that judge.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import math
 import numbers
@@ -22,9 +26,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hptjax.records import Verdict
+from hptjax.records import Grade, Verdict, verdict_to_json
 
 MAX_REASON = 200  # characters of a verdict's reason that travel back
+SOLVED = 1.0  # a user's reward given as a number counts as solved from here up
 
 
 def main(arguments: list[str]) -> None:
@@ -40,7 +45,7 @@ def main(arguments: list[str]) -> None:
         request = json.loads(line)
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, request.get("limit_s", deadline_s) * 2.0 + 1.0)
-        reply = _load(request, functions) if "load" in request else _judge(request, functions)
+        reply = _load(request, functions, deadline_s) if "load" in request else _judge(request, functions)
         _write(replies, json.dumps({"id": request["id"], **reply}).encode() + b"\n")
 
 
@@ -66,27 +71,50 @@ def _end_with_parent(parent: int) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _load(request: dict[str, Any], functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
+def _load(request: dict[str, Any], functions: dict[str, Callable[..., Any]], deadline_s: float) -> dict[str, Any]:
     """Imports a function by its path; the parent's import path comes with the request."""
     path = request["load"]
     sys.path.extend(entry for entry in request["sys_path"] if entry not in sys.path)
-    module, _, name = path.partition(":")
+    place, _, name = path.partition(":")
     try:
-        functions[path] = getattr(importlib.import_module(module), name)
+        module = importlib.import_module(place)
+        function = getattr(module, name)
+        if request.get("users"):
+            _check_signature(function)
+        if hasattr(module, "prepare_worker"):
+            module.prepare_worker(deadline_s)
+        functions[path] = function
     except BaseException as error:
         return {"failed": f"{type(error).__name__}: {error}"[:MAX_REASON]}
     return {"loaded": path}
 
 
-def _judge(request: dict[str, Any], functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
+def _check_signature(function: Callable[..., Any]) -> None:
     try:
-        return {"verdict": _checked(functions[request["function"]](request["completion"], request["answer"]))}
+        inspect.signature(function).bind("prompt", "completion", {})
+    except TypeError as error:
+        raise TypeError(f"expected a function of (prompt, completion, answer), {error}") from None
+
+
+def _judge(request: dict[str, Any], functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
+    function, users = functions[request["function"]], "prompt" in request
+    try:
+        given = [request["prompt"]] if users else []
+        said = function(*given, request["completion"], request["answer"])
+        return {"verdict": _checked(_scored(said) if users else said)}
     except BaseException as error:
         return {"raised": type(error).__name__[:MAX_REASON]}
 
 
+def _scored(said: object) -> object:
+    """A number of a user's reward as a verdict, solved from 1 upwards; anything else as it is."""
+    if isinstance(said, numbers.Real) or type(said).__name__ in ("bool", "bool_"):
+        return Verdict(float(said), bool(said >= SOLVED), "scored")  # type: ignore[arg-type,operator]
+    return said
+
+
 def _checked(verdict: object) -> list[object]:
-    """The three fields of a verdict as JSON values, refused unless they are what they should be."""
+    """The fields of a verdict as JSON values, refused unless they are what they should be."""
     if not isinstance(verdict, Verdict):
         raise TypeError(f"expected a Verdict, got {type(verdict).__name__}")
     if not isinstance(verdict.reward, numbers.Real) or not isinstance(verdict.reason, str):
@@ -96,7 +124,9 @@ def _checked(verdict: object) -> list[object]:
     reward = float(verdict.reward)
     if not math.isfinite(reward):
         raise ValueError("expected a finite reward")
-    return [reward, bool(verdict.solved), str(verdict.reason[:MAX_REASON])]
+    if not isinstance(verdict.grades, tuple) or not all(isinstance(grade, Grade) for grade in verdict.grades):
+        raise TypeError("expected a Verdict whose grades are a tuple of Grade")
+    return verdict_to_json(Verdict(reward, bool(verdict.solved), str(verdict.reason[:MAX_REASON]), verdict.grades))
 
 
 if __name__ == "__main__":

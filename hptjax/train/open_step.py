@@ -7,12 +7,21 @@ missing, and never asks a verifier twice.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from hptjax.records import FinishReason, Question, Sample, SampleId, Source, Verdict
+from hptjax.records import (
+    FinishReason,
+    Question,
+    Sample,
+    SampleId,
+    Source,
+    Verdict,
+    verdict_from_json,
+    verdict_to_json,
+)
 
 
 @dataclasses.dataclass
@@ -51,8 +60,7 @@ def to_json(step: OpenStep) -> dict[str, Any]:
         "questions": [question.question_id for question in step.questions],
         "samples": [_sample_to_json(sample) for sample in step.samples.values()],
         "verdicts": [
-            [list(key), [dataclasses.asdict(verdict) for verdict in verdicts]]
-            for key, verdicts in step.verdicts.items()
+            [list(key), [verdict_to_json(verdict) for verdict in verdicts]] for key, verdicts in step.verdicts.items()
         ],
         "update_index": step.update_index,
         "micro_index": step.micro_index,
@@ -73,7 +81,7 @@ def from_json(
         round=saved["round"],
         questions=[questions[question_id] for question_id in saved["questions"]],
         samples={sample.sample_id: sample for sample in samples},
-        verdicts={SampleId(*key): [Verdict(**verdict) for verdict in verdicts] for key, verdicts in saved["verdicts"]},
+        verdicts={SampleId(*key): [_verdict(verdict) for verdict in verdicts] for key, verdicts in saved["verdicts"]},
         update_index=saved["update_index"],
         micro_index=saved["micro_index"],
         scores=scores,
@@ -82,6 +90,11 @@ def from_json(
         probe=saved["probe"],
         draws=saved["draws"],
     )
+
+
+def _verdict(saved: Sequence[Any] | Mapping[str, Any]) -> Verdict:
+    """A saved verdict; before verdicts had grades they were saved by field name."""
+    return Verdict(**saved) if isinstance(saved, Mapping) else verdict_from_json(saved)
 
 
 def _sample_to_json(sample: Sample) -> dict[str, Any]:
