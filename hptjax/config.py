@@ -40,9 +40,9 @@ class StageConfig:
 class RewardFunction:
     """A reward by name, with its weight in the sum."""
 
-    # "verify" is the task's verifier, "well_formed" looks at the form alone; for data sets with answers also
-    # "math_strict", "math_lenient", "math_hpt" (HPT's published grader) and "math_format"; module:function is your own,
-    # a function (prompt, completion, answer) -> float or Verdict. The first named decides "solved"
+    # "verify" is the task's verifier, "well_formed" looks at the form alone; with data.files they are "math_strict" and
+    # "math_format", and there are "math_lenient", "math_hpt" (HPT's published grader) and "countdown" too;
+    # module:function is your own, (prompt, completion, answer) -> float or Verdict. The first named decides "solved"
     name: str
     weight: float = 1.0  # rewards add as weight x value
 

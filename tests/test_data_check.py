@@ -34,7 +34,7 @@ def test_data_check_counts_what_a_count_by_hand_finds(folder, capsys):
     wrong = {**ROWS[7], "demo": "1+1=2"}
     long = {**ROWS[8], "prompt": "please " * 1000}
     write_rows(folder / "a.jsonl", [*ROWS, *ROWS[:3], *SAME_PROBLEMS, {"prompt": ""}, wrong, long])
-    status, report = checked(folder, "a.jsonl", *TOKENIZER)
+    status, report = checked(folder, "a.jsonl", *TOKENIZER, "--reward.functions", '[{name = "countdown"}]')
     assert status == 0
     (file,) = report["files"]
     assert (file["rows"], file["kept"], file["dropped"], file["first"]) == (

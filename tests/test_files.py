@@ -17,7 +17,7 @@ from hptjax import cli
 from hptjax.build.files import file_examples
 from hptjax.build.parts import open_parts
 from hptjax.build.run import train
-from hptjax.config import Config
+from hptjax.config import Config, RewardFunction
 from hptjax.data.prepare import DROP_REASONS
 from hptjax.data.split import split_position
 from hptjax.data.tokenizer import decode, load_tokenizer
@@ -64,6 +64,7 @@ def on_files(folder, rows=ROWS, template=CHAT, **changes) -> Config:
         "rollout__max_completion_tokens": 32,
         "rollout__group_size": 2,
         "rollout__stop_ids": (4,),
+        "reward__functions": (RewardFunction("countdown"),),
         "batch__row_tokens": 128,
         "train__steps": 2,
         "train__eval_every": 0,

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from hptjax.build.data import build_task
-from hptjax.build.rewards import ANSWER_REWARDS, reward_functions
+from hptjax.build.rewards import FILE_REWARDS, reward_functions
 from hptjax.config import TaskConfig
 from hptjax.records import Grade, Verdict, verdict_from_json, verdict_to_json
 from hptjax.rewards.functions import UserReward
@@ -182,7 +182,7 @@ def test_rewards_are_found_by_name():
     countdown = build_task(TaskConfig())
     assert reward_functions(["verify", "well_formed"], countdown) == [countdown.verify, countdown.well_formed]
     assert reward_functions(["verify", "well_formed"], None) == [math_strict, math_format]
-    assert reward_functions([*ANSWER_REWARDS], None) == [*ANSWER_REWARDS.values()]
+    assert reward_functions([*FILE_REWARDS], None) == [*FILE_REWARDS.values()]
     for task in (countdown, None):
         assert reward_functions(["my_rewards:f"], task) == [UserReward("my_rewards:f")]
     for name in ("math_strict", "verfy"):  # countdown has no gold answers

@@ -112,6 +112,16 @@ def test_verify_table_quotes_math_verify_rightly(row):
     assert math_verify.verify(gold, found, timeout_seconds=None) == row.math_verify
 
 
+def test_verify_table_stands_in_the_docs(repository):
+    page = (repository / "docs" / "rewards.md").read_text(encoding="utf-8")
+    said = {True: "yes", False: "no"}
+    for row in ROWS:
+        words = " | ".join(said[word] for word in (row.math_verify, row.strict, row.lenient, row.hpt))
+        gold = f"`{row.gold}`" if row.gold else "(empty)"
+        assert f"| {gold} | `{row.completion}` | {words} | {row.note} |\n" in page
+    assert page.count(" | yes | ") + page.count(" | no | ") >= len(ROWS)
+
+
 def test_verify_table_has_each_kind_of_difference():
     """We refuse what math-verify accepts and accept what it refuses, under each policy but the lenient's refusals."""
     assert {(row.math_verify, row.strict) for row in ROWS} == {(a, b) for a in (True, False) for b in (True, False)}

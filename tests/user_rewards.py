@@ -44,6 +44,11 @@ def echo(prompt: str, completion: str, answer: Mapping[str, Any]) -> float:
     return float((prompt, completion, answer["answer"]) == (f"p{completion}", completion, completion))
 
 
+def ends_like_its_prompt(prompt: str, completion: str, answer: Mapping[str, Any]) -> bool:
+    """Whether the completion asks back, under a prompt that a template has written out."""
+    return "[turn]user\nWhat is" in prompt and completion.startswith("What is")
+
+
 def hang(prompt: str, completion: str, answer: Mapping[str, Any]) -> float:
     """Never comes back."""
     while True:

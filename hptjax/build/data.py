@@ -206,7 +206,9 @@ def build_judge(config: Config, task: Task, tokenizer: Any, pool: RewardPool) ->
 
 
 def _reward_functions(config: Config, task: Task) -> list[RewardFunction | UserReward]:
-    return reward_functions([function.name for function in config.reward.functions], None if config.data.files else task)
+    return reward_functions(
+        [function.name for function in config.reward.functions], None if config.data.files else task
+    )
 
 
 def build_requests(config: Config, stop_ids: frozenset[int], plan: PrefixPlan) -> RolloutPlan:
