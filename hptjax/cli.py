@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import tyro
 
+from hptjax.cli_eval import command_eval, compare_evaluations
 from hptjax.cli_options import (
     AUDIT_HELP,
     AuditOptions,
@@ -20,7 +21,6 @@ from hptjax.cli_options import (
     ConvertOptions,
     DataCheckOptions,
     DoctorOptions,
-    EvalOptions,
     ExportOptions,
     InspectOptions,
     MethodsOptions,
@@ -28,6 +28,7 @@ from hptjax.cli_options import (
     SampleOptions,
     UpgeOptions,
 )
+from hptjax.cli_parse import as_switch, expect_writable, parse, refuse_processes
 from hptjax.config import Config, DataConfig, RolloutConfig
 from hptjax.config_check import check
 from hptjax.config_load import read_file
@@ -38,7 +39,7 @@ T = TypeVar("T")
 FOR_DATA_CHECK = Config(  # where no config is named: the limits of the published recipes
     data=DataConfig(max_prompt_tokens=1024), rollout=RolloutConfig(max_completion_tokens=8192)
 )
-KEEPS_CHECKPOINTS = ("train", "compare")  # an interrupted one goes on where it was
+KEEPS_WORK = ("train", "compare", "eval")  # an interrupted one goes on where it was
 
 HELP = """\
 usage: hptjax COMMAND [CONFIG.toml] [OPTIONS]
@@ -47,9 +48,10 @@ hptjax trains language models by SFT, RL and HPT as one gradient.
 
 commands
   train CONFIG     train, evaluate and write runs/<name>/summary.json; the same command resumes a run
-  eval CONFIG      pass@k of the base model or of a checkpoint, with intervals
+  eval MODEL       pass@k of a run on its own questions; of a run or a model folder on suites or files, with reports
   sample CONFIG    completions of a prompt, with the verifier's word on them
-  compare CONFIG   several methods from the same base under the same budget: one table, one plot
+  compare CONFIG   several methods from the same base under the same budget: one table, one plot; of two folders
+                   that eval has written: what changed, question by question
   explain CONFIG   batch arithmetic, bytes and token weights, before anything runs
   data check FILE  rows kept and dropped, lengths, duplicates, wrong demonstrations, template faults, before a run
   upge CONFIG      every row of the token table on one recorded batch: norm, direction, variance, weights, bias
@@ -106,7 +108,7 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
     except KeyboardInterrupt:
-        again = "; the same command continues from the last checkpoint" if command in KEEPS_CHECKPOINTS else ""
+        again = "; the same command continues from what is saved" if command in KEEPS_WORK else ""
         print(f"hptjax: interrupted{again}.", file=sys.stderr)
         return INTERRUPTED
     except INPUT_ERRORS as error:
@@ -126,30 +128,11 @@ def command_train(arguments: list[str]) -> int:
     return 0
 
 
-def command_eval(arguments: list[str]) -> int:
-    """Evaluates a checkpoint and prints its figures as JSON."""
-    options = parse("eval", arguments, lambda config: EvalOptions(config=config))
-    check(options.config)
-    _refuse_processes("eval", options.config)
-    from hptjax import build
-
-    print(json.dumps(build.evaluate(options.config, checkpoint=options.checkpoint, split=options.split), indent=2))
-    return 0
-
-
-def _refuse_processes(command: str, config: Config) -> None:
-    if config.distributed.mode != "none":
-        raise ValueError(
-            f"expected one process for `hptjax {command}`, got distributed.mode = '{config.distributed.mode}'; "
-            "change it to 'none'. Only `hptjax train` runs on several."
-        )
-
-
 def command_sample(arguments: list[str]) -> int:
     """Prints completions, one per line."""
     options = parse("sample", arguments, lambda config: SampleOptions(config=config))
     check(options.config)
-    _refuse_processes("sample", options.config)
+    refuse_processes("sample", options.config)
     if options.count < 1:
         raise ValueError(f"expected at least 1 completion, got {options.count}; change --count.")
     from hptjax import build
@@ -160,10 +143,12 @@ def command_sample(arguments: list[str]) -> int:
 
 
 def command_compare(arguments: list[str]) -> int:
-    """Runs the arms, or continues them, and writes the table and the plot."""
+    """Runs the arms, or continues them, and writes the table and the plot; of two evaluations, what changed."""
+    if len(arguments) == 2 and all(pathlib.Path(path).is_dir() for path in arguments):
+        return compare_evaluations(*map(pathlib.Path, arguments))
     options = parse("compare", arguments, lambda config: CompareOptions(config=config))
     check(options.config)
-    _refuse_processes("compare", options.config)
+    refuse_processes("compare", options.config)
     named = None if options.arms is None else tuple(arm.strip() for arm in options.arms.split(",") if arm.strip())
     if named is not None and (not named or len(set(named)) != len(named)):
         raise ValueError(f"expected distinct arms separated by commas, got '{options.arms}'; change --arms.")
@@ -199,7 +184,7 @@ def command_data(arguments: list[str]) -> int:
         raise ValueError(f"expected data files, and one config at the most, got {named}.")
     default = read_file(configs[0]) if configs else FOR_DATA_CHECK
     options = command_line(DataCheckOptions(config=default), words[len(named) :], prog="hptjax data check FILE")
-    _expect_writable(options.json)
+    expect_writable(options.json)
     config = options.config
     if files:
         data = dataclasses.replace(config.data, files=tuple(files), validation_files=(), test_files=())
@@ -221,9 +206,9 @@ def command_upge(arguments: list[str]) -> int:
     """Measures every row of the token table on one recorded batch."""
     options = parse("upge", arguments, lambda config: UpgeOptions(config=config))
     check(options.config)
-    _refuse_processes("upge", options.config)
+    refuse_processes("upge", options.config)
     for path, flag in ((options.batch, "--batch"), (options.json, "--json"), (options.plot, "--plot")):
-        _expect_writable(path, flag)
+        expect_writable(path, flag)
     from hptjax.upge.command import upge_command
 
     return upge_command(
@@ -242,7 +227,7 @@ def command_plan(arguments: list[str]) -> int:
     """Plans a config on absent TPUs; status 1 where it does not fit."""
     options = parse("plan", as_switch(arguments, "--search"), lambda config: PlanOptions(config=config))
     check(options.config, sized_only=True)
-    _expect_writable(options.json)
+    expect_writable(options.json)
     if options.slices < 1:
         raise ValueError(f"expected at least 1 slice, got {options.slices}; change --slices.")
     from hptjax.plan.environment import expect_no_chips
@@ -261,22 +246,6 @@ def command_plan(arguments: list[str]) -> int:
     )
 
 
-def _expect_writable(path: pathlib.Path | None, flag: str = "--json") -> None:
-    """Raises ValueError where the file of a flag cannot be written; asked before the work is done."""
-    if path is None:
-        return
-    folder = path.resolve().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise ValueError(f"expected the path of a file in an existing folder, got '{path}'; change {flag}.")
-
-
-def as_switch(arguments: list[str], option: str) -> list[str]:
-    """The arguments with `true` after an option that stands without a value."""
-    given = [*arguments, "--"]
-    places = [place for place, word in enumerate(arguments) if word == option and given[place + 1].startswith("-")]
-    return [part for place, word in enumerate(arguments) for part in ([word, "true"] if place in places else [word])]
-
-
 def command_audit(arguments: list[str]) -> int:
     """Audits a trainer's gradient accumulation; status 1 where there is a fault."""
     options = tyro.cli(
@@ -286,7 +255,7 @@ def command_audit(arguments: list[str]) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
         description=AUDIT_HELP,
     )
-    _expect_writable(options.json)
+    expect_writable(options.json)
     from hptjax.audit.kit import audit
     from hptjax.audit.report import print_report, to_json
     from hptjax.audit.targets import load
@@ -381,24 +350,6 @@ def command_doctor(arguments: list[str]) -> int:
     findings = doctor.examine(runs_dir=options.runs_dir)
     print(doctor.report(findings))
     return 1 if any(finding.status == "lacks" for finding in findings) else 0
-
-
-def parse(command: str, arguments: list[str], with_config: Callable[[Config], T]) -> T:
-    """The command's options, with the fields of the config file as defaults; tyro prints help and complaints.
-
-    Raises
-      FileNotFoundError, ValueError: no config file was named, or it cannot be read.
-    """
-    prog = f"hptjax {command}"
-    if arguments and not arguments[0].startswith("-"):
-        path, rest = arguments[0], arguments[1:]
-        default = with_config(read_file(path))
-        prog += f" {path}"
-    elif any(argument in ("-h", "--help") for argument in arguments):
-        prog, default, rest = f"{prog} CONFIG.toml", with_config(Config()), arguments
-    else:
-        raise ValueError(f"expected a config file first, such as `{prog} configs/quickstart.toml`, got {arguments}.")
-    return command_line(default, rest, prog=prog)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

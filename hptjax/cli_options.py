@@ -59,10 +59,18 @@ Status 0: no fault (notes allowed). 1: a fault. 2: bad usage.
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
-    """Pass@k of a model on held-out questions."""
+    """Pass@k of a run on its held-out questions, or any model on suites and data files, with reports."""
 
-    checkpoint: Checkpoint = "last"  # which weights
-    split: Literal["validation", "test", "train"] = "test"  # which questions
+    checkpoint: Checkpoint = "last"  # which weights of a run
+    split: Literal["validation", "test", "train"] = "test"  # which questions of a run, where no others are named
+    suite: str | None = None  # a published set or a group: math, other, aime24, math500, gsm8k, countdown ...
+    suites: str | None = None  # folder that holds <set>.parquet or <set>.jsonl for each; None: the hub
+    data: tuple[str, ...] = ()  # files of your own, as data.files takes them
+    out: pathlib.Path | None = None  # folder of the results; None: evaluations/<model>-<what>
+    samples: int | None = None  # per question; None: as published, or eval.samples_per_question for --data
+    ks: tuple[int, ...] = ()  # of pass@k and so on; none: powers of two up to the samples
+    limit: int | None = None  # only the first questions of each set
+    baseline: pathlib.Path | None = None  # folder of another evaluation, to compare with question by question
     config: ConfigFields = dataclasses.field(default_factory=Config)
 
 

@@ -271,6 +271,7 @@ class EvalConfig:
     questions: int = 128  # validation questions of an evaluation during the run
     samples_per_question: int = 8
     temperature: float = 1.0
+    top_p: float = 1.0  # 1: off
     train_questions: int = 128  # training questions evaluated beside them at the start and the end
     ks: tuple[int, ...] = (1, 8)  # pass@k
     test_steps: tuple[int, ...] = ()  # test questions are also measured after these steps; they choose nothing

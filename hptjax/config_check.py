@@ -37,6 +37,7 @@ AT_LEAST_ZERO = (
 ).split()
 ABOVE_ZERO = (
     "rollout.temperature rollout.top_p reward.deadline_s optimizer.learning_rate optimizer.eps eval.temperature "
+    "eval.top_p "
     "optimizer.clip_norm optimizer.skip_norm hpt.clip_low hpt.clip_high optimizer.decay_steps model.shape.rope_theta "
     "distributed.timeout_s optimizer.critic_learning_rate hpt.entropy_target hpt.entropy_delta hpt.top_entropy "
     "hpt.clip_bound hpt.correction_cap methods.ppo_gamma methods.ppo_value_coefficient "
@@ -181,6 +182,8 @@ def _check_rollout(config: Config) -> None:
         )
     if rollout.top_p > 1:
         _refuse("rollout.top_p in (0, 1]", f"{rollout.top_p}", "rollout.top_p")
+    if config.eval.top_p > 1:
+        _refuse("eval.top_p in (0, 1]", f"{config.eval.top_p}", "eval.top_p")
     functions = config.reward.functions
     names = [function.name for function in functions]
     if not functions or len(set(names)) != len(names):

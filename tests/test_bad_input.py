@@ -171,11 +171,14 @@ def test_bad_run_folder_that_lost_files_is_refused_and_nothing_of_it_changes(tmp
     assert tiny.train(config)["steps"] == 2
 
 
-def write_model(folder: Path, tokenizer: Path, hidden_size: int) -> None:
-    """A model folder of a random decoder with the tokenizer of the tiny run."""
+def write_model(
+    folder: Path, tokenizer: Path, hidden_size: int, *, vocab_size: int = 32, max_positions: int = 256
+) -> None:
+    """A model folder of a random decoder with a tokenizer."""
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     sizes = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_size": 32, "qk_norm": True}
-    shape = DecoderConfig(vocab_size=32, hidden_size=hidden_size, tie_embeddings=True, max_positions=256, **sizes)
+    sizes |= {"vocab_size": vocab_size, "hidden_size": hidden_size, "max_positions": max_positions}
+    shape = DecoderConfig(tie_embeddings=True, **sizes)
     save_folder(folder, shape, to_host(decoder.init_params(jax.random.key(0), shape)), dtype="float32")
 
 

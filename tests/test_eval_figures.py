@@ -40,6 +40,7 @@ def judged(seed: int = 0, questions: int = QUESTIONS, n: int = N, lift: float = 
                     gold="7",
                     completion=f"so {answer} {EVIL}",
                     answer=answer,
+                    formatted=strict,
                     strict=strict,
                     lenient=lenient,
                     reason="equal" if lenient else "differs",
@@ -77,15 +78,16 @@ def test_figures_are_those_of_plain_python():
         assert found["maj@1", policy] == pytest.approx(
             statistics.fmean(
                 sum(
-                    s.answer is not None and getattr(next(o for o in group if o.answer == s.answer), policy)
-                    for s in group
+                    s.answer is not None and getattr(next(o for o in voters if o.answer == s.answer), policy)
+                    for s in voters
                 )
                 / N
-                for group in groups
+                for voters in ([s for s in group if s.formatted or policy == "lenient"] for group in groups)
             )
         )
     cut = [sample.finish_reason == "length" for sample in samples]
     assert found["truncated", "none"] == pytest.approx(sum(cut) / len(cut))
+    assert found["format", "none"] == pytest.approx(sum(s.formatted for s in samples) / len(samples))
     assert found["abstained", "none"] == pytest.approx(sum(s.answer is None for s in samples) / len(samples))
     assert found["length", "none"] == pytest.approx(statistics.fmean(s.length for s in samples))
 
@@ -100,7 +102,7 @@ def test_vote_takes_answers_as_one_that_the_verifier_calls_equal():
     base = judged(questions=1, n=5)
     answers = ["7", "7.0", "07", "3", "3"]
     samples = [
-        dataclasses.replace(sample, answer=answer, strict="7" in answer, lenient="7" in answer)
+        dataclasses.replace(sample, answer=answer, formatted=True, strict="7" in answer, lenient="7" in answer)
         for sample, answer in zip(base, answers, strict=True)
     ]
     told = {(f.name, f.filter): f.estimate.value for f in figures(samples, ks=(5,))}

@@ -55,6 +55,7 @@ def build_evaluator(config: Config, policy: Policy, questions: Questions, judge:
         max_completion_tokens=config.rollout.max_completion_tokens,
         stop_ids=policy.stop_ids,
         temperature=options.temperature,
+        top_p=options.top_p,
     )
     decode = functools.partial(text.decode, policy.tokenizer)
     demonstrations = functools.cache(lambda: _demonstration_batches(config, policy, splits["validation"]))

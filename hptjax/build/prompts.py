@@ -47,11 +47,19 @@ def build_prompts(config: Config, tokenizer: Any, stop_ids: frozenset[int]) -> P
       stop_ids: the tokens that end a completion.
     Raises a chat template that cannot be used -> ValueError that says what it does and what to change.
     """
-    eos = np.asarray([tokenizer.eos_token_id], np.int32)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    if not config.data.files:
-        encode = make_encode(tokenizer, as_written, start=bos, stop=eos, rendered=False)
-        return PromptFormat(encode, lambda said: _example(said, turns=False), {})
+    return turn_prompts(config, tokenizer, stop_ids) if config.data.files else task_prompts(tokenizer)
+
+
+def task_prompts(tokenizer: Any) -> PromptFormat:
+    """For a task's own questions, which are written out already."""
+    eos, bos = _ends(tokenizer)
+    encode = make_encode(tokenizer, as_written, start=bos, stop=eos, rendered=False)
+    return PromptFormat(encode, lambda said: _example(said, turns=False), {})
+
+
+def turn_prompts(config: Config, tokenizer: Any, stop_ids: frozenset[int]) -> PromptFormat:
+    """For questions in turns, by `prompt.*`. Arguments and errors are those of `build_prompts`."""
+    eos, bos = _ends(tokenizer)
     prompt = config.prompt
     if prompt.template == "plain":
         write = _with_turns(plain_writer(prompt.plain), prompt)
@@ -73,6 +81,12 @@ def build_prompts(config: Config, tokenizer: Any, stop_ids: frozenset[int]) -> P
     }
     encode = make_encode(tokenizer, write, start=[], stop=template.stop_tokens, rendered=True)
     return PromptFormat(encode, _example, record, template)
+
+
+def _ends(tokenizer: Any) -> tuple[np.ndarray, list[int]]:
+    """(what ends a completion that no template ends, what stands before a prompt that none begins)."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return np.asarray([tokenizer.eos_token_id], np.int32), bos
 
 
 def _with_turns(write: Write, prompt: PromptConfig) -> Write:

@@ -12,11 +12,12 @@ from jaxtyping import Bool, Float, Int
 from hptjax.diagnostics.intervals import Estimate, estimate_mean, fixed_benchmark_se, paired_difference, sign_flip_p
 from hptjax.diagnostics.passk import average_at_n, jackknife_variance, pass_at_k
 from hptjax.diagnostics.tails import g_pass_at_k, worst_at_k
-from hptjax.diagnostics.votes import answer_classes, maj_at_k
+from hptjax.diagnostics.votes import ABSTAINS, answer_classes, maj_at_k
 from hptjax.eval.samples import FILTERS, Graded, by_question
 from hptjax.masked import mean, ratio
 
 Same = Callable[[str, str], bool]
+STRICT = FILTERS[0]  # of its vote a completion takes part only in the format that was asked for
 LOWER_IS_BETTER = ("truncated", "abstained", "length")
 
 
@@ -41,16 +42,22 @@ class Figure:
 
 
 def figures(
-    samples: Sequence[Graded], *, ks: Sequence[int], shares: Sequence[float] = (0.5,), same: Same | None = None
+    samples: Sequence[Graded],
+    *,
+    ks: Sequence[int],
+    shares: Sequence[float] = (0.5,),
+    same: Same | None = None,
+    answers: bool = True,
 ) -> list[Figure]:
     """The figures of one task.
 
-    avg@n, pass@k, worst@k, g-pass@k(share) and maj@k for both policies, the shares of completions that met their limit
-    and that hold no answer, and the mean length. n is the number of samples per question.
+    avg@n, pass@k, worst@k, g-pass@k(share) and maj@k for both policies, the shares of completions that have the format
+    asked for, that hold no answer and that met their limit, and the mean length. n: samples per question.
 
     Args
       ks: each in 1..n. shares: of g-pass@k.
       same: whether two answers are one for the vote; None: where their text is equal.
+      answers: whether the verifier tells answers; else there is no vote, no format and nobody abstains.
     Raises no samples, or not as many of every question, a k out of range -> ValueError.
     """
     groups = by_question(samples)
@@ -58,19 +65,23 @@ def figures(
     if bad := [k for k in ks if not 1 <= k <= n]:
         raise ValueError(f"expected eval.ks in 1..{n}, the samples per question, got {bad}; change eval.ks")
     classes = np.stack([answer_classes([sample.answer for sample in group], same or str.__eq__) for group in groups])
+    formatted = np.array([[sample.formatted for sample in group] for group in groups], bool)
     found: list[Figure] = []
     for policy in FILTERS:
         solved = np.array([[getattr(sample, policy) for sample in group] for group in groups], bool)
-        found += _of_verdicts(policy, solved, classes, ks, shares)
+        votes = np.where(formatted, classes, ABSTAINS) if policy == STRICT else classes
+        found += _of_verdicts(policy, solved, votes if answers else None, ks, shares)
 
     def told(name: str, value: Callable[[Graded], float]) -> Figure:
         values = [mean(np.array([value(sample) for sample in group], np.float64)) for group in groups]
         return Figure(name, "none", estimate_mean(np.array(values), samples=n))
 
+    if answers:
+        found.append(told("format", lambda sample: float(sample.formatted)))
+        found.append(told("abstained", lambda sample: float(sample.answer is None)))
     return [
         *found,
         told("truncated", lambda sample: float(sample.finish_reason == "length")),
-        told("abstained", lambda sample: float(sample.answer is None)),
         told("length", lambda sample: float(sample.length)),
     ]
 
@@ -78,7 +89,7 @@ def figures(
 def _of_verdicts(
     policy: str,
     solved: Bool[np.ndarray, "Q n"],
-    classes: Int[np.ndarray, "Q n"],
+    classes: Int[np.ndarray, "Q n"] | None,
     ks: Sequence[int],
     shares: Sequence[float],
 ) -> list[Figure]:
@@ -95,7 +106,7 @@ def _of_verdicts(
         found.append(told(f"pass@{k}", pass_at_k(counts, n, k), k))
         found.append(told(f"worst@{k}", worst_at_k(counts, n, k)))
         found += [told(f"g-pass@{k}({share:g})", g_pass_at_k(counts, n, k, share)) for share in shares]
-        found.append(told(f"maj@{k}", maj_at_k(classes, solved, k)))
+        found += [] if classes is None else [told(f"maj@{k}", maj_at_k(classes, solved, k))]
     return found
 
 
@@ -162,6 +173,6 @@ def paired(before: Sequence[Graded], after: Sequence[Graded], k: int, *, policy:
     return Paired(
         difference=paired_difference(values[0], values[1], samples=samples),
         p=sign_flip_p(change),
-        won=[int(i) for i in order if change[i] > 0],
-        lost=[int(i) for i in order if change[i] < 0],
+        won=[right[i][0].question for i in order if change[i] > 0],
+        lost=[right[i][0].question for i in order if change[i] < 0],
     )

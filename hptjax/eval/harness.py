@@ -27,6 +27,7 @@ class TaskResult:
     Args
       questions: of the task. evaluated: of them, with all their samples. data_hash: of the questions and answers.
       config: how it was asked: prompt policy, sampling, samples per question.
+      notes: what a reader of its figures must know.
     """
 
     name: str
@@ -36,6 +37,7 @@ class TaskResult:
     evaluated: int
     data_hash: str
     config: Mapping[str, Any]
+    notes: Sequence[str] = ()
 
 
 def results(tasks: Sequence[TaskResult], *, model: str, run: Mapping[str, Any], date: str, seconds: float) -> dict:
@@ -49,7 +51,7 @@ def results(tasks: Sequence[TaskResult], *, model: str, run: Mapping[str, Any], 
     return {
         "results": {name: {"alias": name, **_entries(task.figures)} for name, task in by_name.items()},
         "group_subtasks": {name: [] for name in by_name},
-        "configs": {name: {"task": name, **task.config} for name, task in by_name.items()},
+        "configs": {name: {"task": name, **task.config, "notes": list(task.notes)} for name, task in by_name.items()},
         "versions": dict.fromkeys(by_name, VERSION),
         "n-shot": dict.fromkeys(by_name, 0),
         "higher_is_better": {

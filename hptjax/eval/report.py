@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
+from hptjax.eval.changes import Change, changes_table
 from hptjax.eval.figures import Figure
 from hptjax.eval.harness import TaskResult, table
 from hptjax.eval.samples import Graded, by_question
@@ -40,9 +41,17 @@ for (const table of document.querySelectorAll("table.sortable")) {
 """
 
 
-def markdown(title: str, tasks: Sequence[TaskResult]) -> str:
-    """The text of report.md."""
+def markdown(title: str, tasks: Sequence[TaskResult], told: Mapping[str, Change] | None = None) -> str:
+    """The text of report.md.
+
+    Args
+      told: the changes since another evaluation, by task.
+    """
     parts = [f"# {title}", table(tasks)]
+    parts += [f"{task.name}: {note}." for task in tasks for note in task.notes]
+    if told:
+        parts += ["## Against the other evaluation", changes_table(told)]
+        parts.append("Intervals by a paired bootstrap over questions, p by flipping signs.")
     parts += ["Lengths in tokens: completions, mean, median.", _length_lines(tasks)]
     methods = sorted({figure.estimate.method for task in tasks for figure in task.figures})
     parts.append(
@@ -60,15 +69,26 @@ def _length_lines(tasks: Sequence[TaskResult]) -> str:
     return "\n".join(lines)
 
 
-def page(title: str, tasks: Sequence[TaskResult], samples: Mapping[str, Sequence[Graded]]) -> str:
+def page(
+    title: str,
+    tasks: Sequence[TaskResult],
+    samples: Mapping[str, Sequence[Graded]],
+    told: Mapping[str, Change] | None = None,
+) -> str:
     """The text of report.html.
 
     Args
       samples: task -> its judged completions; of the questions with the fewest right ones some are shown in full.
+      told: the changes since another evaluation, by task; the most changed questions are shown from both sides.
     """
     body = [f"<h1>{html.escape(title)}</h1>", _figure_table(tasks)]
     for task in tasks:
-        body.append(f"<h2>{html.escape(task.name)}: its hardest questions</h2>")
+        name = html.escape(task.name)
+        body += [f"<p>{name}: {html.escape(note)}.</p>" for note in task.notes]
+        if told and task.name in told:
+            body.append(f"<h2>{name}: its most changed questions, before and after</h2>")
+            body += _changed(told[task.name], samples[task.name])
+        body.append(f"<h2>{name}: its hardest questions</h2>")
         body += [_question(group) for group in hardest(samples[task.name])]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -79,6 +99,15 @@ def page(title: str, tasks: Sequence[TaskResult], samples: Mapping[str, Sequence
 def hardest(samples: Sequence[Graded]) -> list[list[Graded]]:
     """The groups of the questions with the fewest right samples, in order of the questions where equal."""
     return sorted(by_question(samples), key=lambda group: sum(sample.strict for sample in group))[:SHOWN_QUESTIONS]
+
+
+def _changed(change: Change, after: Sequence[Graded]) -> list[str]:
+    """The questions with the largest change of pass@1 by the strict policy, each before and after."""
+    pair = change.pairs[1, "strict"]
+    sides = [{group[0].question: group for group in by_question(side)} for side in (change.before, after)]
+    shown = [("won", place) for place in pair.won[: SHOWN_QUESTIONS // 2]]
+    shown += [("lost", place) for place in pair.lost[: SHOWN_QUESTIONS // 2]]
+    return [f"<p>{kind}</p>{''.join(_question(side[place]) for side in sides)}" for kind, place in shown]
 
 
 def _figure_table(tasks: Sequence[TaskResult]) -> str:

@@ -23,6 +23,7 @@ class Judged(NamedTuple):
     """The verifier's word on a completion, as `Graded` keeps it."""
 
     answer: str | None
+    formatted: bool
     strict: bool
     lenient: bool
     reason: str
@@ -31,8 +32,8 @@ class Judged(NamedTuple):
 SampleItems = Callable[[Sequence[int]], list[list[Completion]]]
 """Places of questions -> their n completions each, sample 0 first. A question's do not depend on its neighbours."""
 
-JudgeItems = Callable[[Sequence[tuple[Item, Completion]]], list[Judged]]
-"""Completions with their questions -> a word on each."""
+JudgeItems = Callable[[Sequence[tuple[int, Completion]]], list[Judged]]
+"""Completions with the places of their questions -> a word on each."""
 
 
 def evaluate_items(
@@ -106,7 +107,7 @@ def _chunk(
         for place, group in zip(places, completions, strict=True)
         for index, completion in enumerate(group)
     ]
-    judged = judge([(items[place], completion) for place, _, completion in asked])
+    judged = judge([(place, completion) for place, _, completion in asked])
     return [
         Graded(
             question=place,
@@ -117,6 +118,7 @@ def _chunk(
             gold=items[place].gold,
             completion=completion.text,
             answer=word.answer,
+            formatted=word.formatted,
             strict=word.strict,
             lenient=word.lenient,
             reason=word.reason,

@@ -22,7 +22,8 @@ class Graded:
     Args
       question: place of the question in its task, from 0. index: which of its samples, from 0. seed: of the sampling.
       problem: as the data has it. prompt: as the model saw it. gold: the right answer.
-      answer: what the verifier read in the completion; None where it found no answer (an abstention).
+      answer: what the verifier read in the completion, in the form that is compared and voted on; None where it found
+        none (an abstention). formatted: whether there is one in the format that was asked for.
       strict, lenient: right, by either policy. reason: the verifier's word.
       finish_reason: "stop" (it ended by itself) or "length" (it met its limit). length: tokens.
     """
@@ -35,6 +36,7 @@ class Graded:
     gold: str
     completion: str
     answer: str | None
+    formatted: bool
     strict: bool
     lenient: bool
     reason: str
@@ -66,6 +68,7 @@ def to_row(sample: Graded, generation: Mapping[str, Any]) -> dict[str, Any]:
         "target_hash": digest(sample.gold),
         "strict": float(sample.strict),
         "lenient": float(sample.lenient),
+        "formatted": float(sample.formatted),
         "sample_index": sample.index,
         "seed": sample.seed,
         "finish_reason": sample.finish_reason,
@@ -86,6 +89,7 @@ def from_row(row: Mapping[str, Any]) -> Graded:
             gold=row["target"],
             completion=row["resps"][0][0],
             answer=row["filtered_resps"][0],
+            formatted=row["formatted"] == 1.0,
             strict=row["strict"] == 1.0,
             lenient=row["lenient"] == 1.0,
             reason=row["verdict"],

@@ -2,6 +2,7 @@
 
 manifest.json            what the rows are of: model, data, sampling; another evaluation is refused the folder
 samples_<task>.jsonl     a row per completion, in lm-evaluation-harness's keys
+seconds.txt              wall time, a line per chunk
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from hptjax.eval.samples import Graded, from_row, to_row
 
-MANIFEST = "manifest.json"
+MANIFEST, SECONDS = "manifest.json", "seconds.txt"
 
 
 def begin(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -65,13 +66,7 @@ def saved(path: Path, n: int) -> list[Graded]:
     if not path.exists():
         return []
     content = path.read_bytes()
-    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            found.append(from_row(json.loads(line)))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+    lines, found = _rows(path, content)
     last = [entry for entry in found if entry.question == found[-1].question]
     kept = len(found) - (len(last) if len(last) < n else 0)
     size = sum(map(len, lines[:kept]))
@@ -79,6 +74,36 @@ def saved(path: Path, n: int) -> list[Graded]:
         with path.open("r+b") as file:
             file.truncate(size)
     return found[:kept]
+
+
+def read_rows_file(path: Path) -> list[Graded]:
+    """The samples of a file that is not to be changed; half a line at its end is not read. Raises as `saved` does."""
+    return _rows(path, path.read_bytes())[1]
+
+
+def _rows(path: Path, content: bytes) -> tuple[list[bytes], list[Graded]]:
+    """The whole lines of a file and their samples."""
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(from_row(json.loads(line)))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return lines, found
+
+
+def add_seconds(folder: Path, seconds: float) -> None:
+    """Counts wall time of this evaluation."""
+    with (folder / SECONDS).open("a", encoding="ascii") as file:
+        file.write(f"{seconds:.3f}\n")
+
+
+def total_seconds(folder: Path) -> float:
+    """The wall time of all parts of an evaluation; what a killed process had not saved is not in it."""
+    path = folder / SECONDS
+    lines = path.read_text(encoding="ascii", errors="replace").split() if path.exists() else []
+    return sum(float(line) for line in lines if line.replace(".", "", 1).isdigit())
 
 
 def append(path: Path, samples: Sequence[Graded], generation: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ class Suite:
       name: as `--suite` and the local file call it. hub, subset, split: where `datasets` finds it.
       size: rows; counted: whether somebody has counted them.
       read: a row -> the item; KeyError, TypeError or ValueError where the row is not of its form.
-      note: what a reader of its figures must know.
+      samples: per question, as HPT and LUFFY report it. note: what a reader of its figures must know.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Suite:
     size: int
     read: Callable[[Mapping[str, Any]], Item]
     counted: bool = True
+    samples: int = 1
     note: str = ""
 
 
@@ -112,9 +113,18 @@ def _text(value: Any) -> str:
 
 
 SUITES = (
-    Suite("aime24", "HuggingFaceH4/aime_2024", None, "train", 30, _math("problem", "answer")),
-    Suite("aime25", "yentinglin/aime_2025", None, "train", 30, _math("problem", "answer")),
-    Suite("amc23", "zwhe99/amc23", None, "test", 40, _math("question", "answer"), note="HPT's AMC; not LUFFY's 83"),
+    Suite("aime24", "HuggingFaceH4/aime_2024", None, "train", 30, _math("problem", "answer"), samples=32),
+    Suite("aime25", "yentinglin/aime_2025", None, "train", 30, _math("problem", "answer"), samples=32),
+    Suite(
+        "amc23",
+        "zwhe99/amc23",
+        None,
+        "test",
+        40,
+        _math("question", "answer"),
+        samples=32,
+        note="the 40 that HPT validates on; published AMC figures are of 83",
+    ),
     Suite(
         "amc",
         "AI-MO/aimo-validation-amc",
@@ -123,7 +133,8 @@ SUITES = (
         83,
         _math("problem", "answer"),
         counted=False,
-        note="LUFFY's AMC, hub id unverified; not HPT's 40",
+        samples=32,
+        note="hub id unverified",
     ),
     Suite("math500", "HuggingFaceH4/MATH-500", None, "test", 500, _math("problem", "answer")),
     Suite("minerva", "zwhe99/simplerl-minerva-math", None, "test", 272, _math("problem", "answer")),
