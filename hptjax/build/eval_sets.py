@@ -68,8 +68,19 @@ def suite_sets(name: str, folder: str | None, *, as_task: bool) -> list[EvalSet]
     suites = chosen_suites(name)
     found = {suite.name: _local(suite, folder) for suite in suites} if folder is not None else {}
     if missing := [suite for suite in suites if folder is not None and found[suite.name] is None]:
-        raise ValueError("; ".join(fetch_words(suite, str(folder)) for suite in missing))
-    return [_suite_set(suite, found.get(suite.name), as_task) for suite in suites]
+        raise ValueError(_to_fetch(missing, str(folder)))
+    try:
+        return [_suite_set(suite, found.get(suite.name), as_task) for suite in suites]
+    except (ValueError, OSError) as error:
+        if folder is not None:
+            raise
+        raise ValueError(
+            f"{error}. Or name a folder with all of them by --suites:\n{_to_fetch(suites, 'it')}"
+        ) from None
+
+
+def _to_fetch(suites: Sequence[Suite], folder: str) -> str:
+    return "\n".join(fetch_words(suite, folder) for suite in suites)
 
 
 def _local(suite: Suite, folder: str | None) -> Path | None:
@@ -80,12 +91,7 @@ def _local(suite: Suite, folder: str | None) -> Path | None:
 def _suite_set(suite: Suite, path: Path | None, as_task: bool) -> EvalSet:
     subset = "" if suite.subset is None else f":{suite.subset}"
     source = f"{suite.hub}{subset}@{suite.split}" if path is None else str(path)
-    try:
-        rows = list(open_rows(source))
-    except (ValueError, OSError) as error:
-        if path is not None:
-            raise
-        raise ValueError(f"{error}. Or name a folder by --suites: {fetch_words(suite, 'it')}") from None
+    rows = list(open_rows(source))
     if bad := next((number for number, row in enumerate(rows, start=1) if isinstance(row, Unreadable)), None):
         raise ValueError(f"expected rows of {suite.name} in {source}, got none in row {bad}; fetch the set again")
     items = read_rows(suite, [row for row in rows if not isinstance(row, Unreadable)])

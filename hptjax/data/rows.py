@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import logging
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -158,9 +159,12 @@ def _streamed(shown: str, path: str, **options: Any) -> Any:
     import datasets
 
     local = "data_files" in options or Path(path).exists()
-    said_by_it = datasets.utils.logging.get_verbosity()
+    import huggingface_hub
+
+    loud = {module: module.get_verbosity() for module in (datasets.utils.logging, huggingface_hub.utils.logging)}
     try:
-        datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # it would say the same beside us
+        for module in loud:
+            module.set_verbosity(logging.CRITICAL)  # they would say the same beside us
         found = datasets.load_dataset(path, streaming=True, **options)
     except Exception as error:  # what datasets, pyarrow, the hub's client and the network raise
         said = f"{type(error).__name__}: {first_line(error)}"
@@ -172,7 +176,8 @@ def _streamed(shown: str, path: str, **options: Any) -> Any:
             "and name it instead; a gated data set needs its terms accepted and `hf auth login` there"
         ) from None
     finally:
-        datasets.utils.logging.set_verbosity(said_by_it)
+        for module, level in loud.items():
+            module.set_verbosity(level)
     return found["train"] if "data_files" in options else found
 
 

@@ -204,11 +204,17 @@ def read_rows(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
     return items
 
 
-def fetch_words(suite: Suite, folder: str) -> str:
-    """How to get a suite into a folder on a machine with a network."""
-    subset = "" if suite.subset is None else f", {suite.subset!r}"
-    return (
-        f"expected {suite.name}.parquet or {suite.name}.jsonl in {folder}, found neither. Where there is a network: "
-        f"datasets.load_dataset({suite.hub!r}{subset}, split={suite.split!r}).to_parquet('{suite.name}.parquet')"
-        + (f" ({suite.note})" if suite.note else "")
+def fetch_words(suites: Sequence[Suite], folder: str) -> str:
+    """How to get suites into a folder, where there is a network."""
+    return "\n".join(
+        [
+            f"expected <set>.parquet or <set>.jsonl in {folder} for these; where there is a network, `import datasets` and:"
+        ]
+        + [_fetch_line(suite) for suite in suites]
     )
+
+
+def _fetch_line(suite: Suite) -> str:
+    subset = "" if suite.subset is None else f", {suite.subset!r}"
+    line = f"  datasets.load_dataset({suite.hub!r}{subset}, split={suite.split!r}).to_parquet('{suite.name}.parquet')"
+    return f"{line}  # {suite.note}" if suite.note else line
