@@ -249,7 +249,7 @@ def test_countdown_expression(said, reason, lenient):
     [
         ((), "name --suite or --data"),
         (("--suite", "maths", "--suites", "."), "expected a suite or a group of them, got 'maths'"),
-        (("--suite", "other", "--suites", "nowhere"), "expected arc_c.parquet or arc_c.jsonl in nowhere"),
+        (("--suite", "other", "--suites", "nowhere"), "expected <set>.parquet or <set>.jsonl in nowhere"),
         (("--suite", "other", "--suites", "nowhere"), "load_dataset('Idavidrein/gpqa', 'gpqa_diamond'"),
         (("--suite", "gsm8k", "--data", "a.jsonl"), "got both"),
         (("--data", "absent.jsonl"), "absent.jsonl"),

@@ -87,6 +87,6 @@ def test_suites_by_group_and_name():
     assert chosen_suites("gsm8k") == [BY_NAME["gsm8k"]]
     with pytest.raises(ValueError, match=r"got 'maths'; use one of math, other, aime24"):
         chosen_suites("maths")
-    assert "load_dataset('openai/gsm8k', 'main', split='test')" in fetch_words(BY_NAME["gsm8k"], "data")
+    assert "load_dataset('openai/gsm8k', 'main', split='test')" in fetch_words([BY_NAME["gsm8k"]], "data")
     assert {suite.kind for suite in [choice("q", ["a", "b"], 0)]} == {"choice"}
     assert {name for names in GROUPS.values() for name in names} <= set(BY_NAME)

@@ -68,19 +68,13 @@ def suite_sets(name: str, folder: str | None, *, as_task: bool) -> list[EvalSet]
     suites = chosen_suites(name)
     found = {suite.name: _local(suite, folder) for suite in suites} if folder is not None else {}
     if missing := [suite for suite in suites if folder is not None and found[suite.name] is None]:
-        raise ValueError(_to_fetch(missing, str(folder)))
+        raise ValueError(fetch_words(missing, str(folder)))
     try:
         return [_suite_set(suite, found.get(suite.name), as_task) for suite in suites]
     except (ValueError, OSError) as error:
         if folder is not None:
             raise
-        raise ValueError(
-            f"{error}. Or name a folder with all of them by --suites:\n{_to_fetch(suites, 'it')}"
-        ) from None
-
-
-def _to_fetch(suites: Sequence[Suite], folder: str) -> str:
-    return "\n".join(fetch_words(suite, folder) for suite in suites)
+        raise ValueError(f"{error}. Or name a folder by --suites: {fetch_words(suites, 'it')}") from None
 
 
 def _local(suite: Suite, folder: str | None) -> Path | None:

@@ -157,10 +157,9 @@ def _set_rows(name: str, path: str, config: str | None, split: str | None) -> It
 def _streamed(shown: str, path: str, **options: Any) -> Any:
     """`datasets.load_dataset` in streaming mode, its errors in our words; `shown` is the name in them."""
     import datasets
-
-    local = "data_files" in options or Path(path).exists()
     import huggingface_hub
 
+    local = "data_files" in options or Path(path).exists()
     loud = {module: module.get_verbosity() for module in (datasets.utils.logging, huggingface_hub.utils.logging)}
     try:
         for module in loud:

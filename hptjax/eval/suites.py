@@ -206,12 +206,8 @@ def read_rows(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
 
 def fetch_words(suites: Sequence[Suite], folder: str) -> str:
     """How to get suites into a folder, where there is a network."""
-    return "\n".join(
-        [
-            f"expected <set>.parquet or <set>.jsonl in {folder} for these; where there is a network, `import datasets` and:"
-        ]
-        + [_fetch_line(suite) for suite in suites]
-    )
+    first = f"expected <set>.parquet or <set>.jsonl in {folder} for these; where there is a network:"
+    return "\n".join([first, "  import datasets", *(_fetch_line(suite) for suite in suites)])
 
 
 def _fetch_line(suite: Suite) -> str:
