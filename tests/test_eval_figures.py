@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import html.parser
 import json
@@ -75,16 +76,14 @@ def test_figures_are_those_of_plain_python():
         assert found["worst@4", policy] == pytest.approx(sum(math.comb(c, 4) for c in counts) / math.comb(N, 4) / 12)
         half = sum(math.comb(c, j) * math.comb(N - c, 4 - j) for c in counts for j in (2, 3, 4))
         assert found["g-pass@4(0.5)", policy] == pytest.approx(half / math.comb(N, 4) / QUESTIONS)
-        assert found["maj@1", policy] == pytest.approx(
-            statistics.fmean(
-                sum(
-                    s.answer is not None and getattr(next(o for o in voters if o.answer == s.answer), policy)
-                    for s in voters
-                )
-                / N
-                for voters in ([s for s in group if s.formatted or policy == "lenient"] for group in groups)
-            )
-        )
+        credits = []
+        for group in groups:
+            voters = [s for s in group if s.answer is not None and (s.formatted or policy == "lenient")]
+            votes = collections.Counter(s.answer for s in voters)
+            tops = [answer for answer, count in votes.items() if count == max(votes.values())]
+            firsts = [next(s for s in voters if s.answer == answer) for answer in tops]
+            credits.append(statistics.fmean(getattr(s, policy) for s in firsts) if firsts else 0.0)
+        assert found[f"maj@{N}", policy] == pytest.approx(statistics.fmean(credits))
     cut = [sample.finish_reason == "length" for sample in samples]
     assert found["truncated", "none"] == pytest.approx(sum(cut) / len(cut))
     assert found["format", "none"] == pytest.approx(sum(s.formatted for s in samples) / len(samples))

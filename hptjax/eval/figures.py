@@ -104,6 +104,8 @@ def _of_verdicts(
     found = [told(f"avg@{n}", average_at_n(counts, n), 1)]
     for k in sorted(set(ks)):
         found.append(told(f"pass@{k}", pass_at_k(counts, n, k), k))
+        if k == 1:
+            continue  # the others are all pass@1
         found.append(told(f"worst@{k}", worst_at_k(counts, n, k)))
         found += [told(f"g-pass@{k}({share:g})", g_pass_at_k(counts, n, k, share)) for share in shares]
         found += [] if classes is None else [told(f"maj@{k}", maj_at_k(classes, solved, k))]

@@ -85,9 +85,8 @@ def page(
     for task in tasks:
         name = html.escape(task.name)
         body += [f"<p>{name}: {html.escape(note)}.</p>" for note in task.notes]
-        if told and task.name in told:
-            body.append(f"<h2>{name}: its most changed questions, before and after</h2>")
-            body += _changed(told[task.name], samples[task.name])
+        shown = _changed(told[task.name], samples[task.name]) if told and task.name in told else []
+        body += [f"<h2>{name}: its most changed questions, before and after</h2>", *shown] if shown else []
         body.append(f"<h2>{name}: its hardest questions</h2>")
         body += [_question(group) for group in hardest(samples[task.name])]
     return (
