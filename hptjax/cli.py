@@ -21,6 +21,7 @@ from hptjax.cli_options import (
     ConvertOptions,
     DataCheckOptions,
     DoctorOptions,
+    ExplainOptions,
     ExportOptions,
     InspectOptions,
     MethodsOptions,
@@ -52,7 +53,7 @@ commands
   sample CONFIG    completions of a prompt, with the verifier's word on them
   compare CONFIG   several methods from the same base under the same budget: one table, one plot; of two folders
                    that eval has written: what changed, question by question
-  explain CONFIG   batch arithmetic, bytes and token weights, before anything runs
+  explain CONFIG   batches, bytes per device, operations, token weights, every field's source, before anything runs
   data check FILE  rows kept and dropped, lengths, duplicates, wrong demonstrations, template faults, before a run
   upge CONFIG      every row of the token table on one recorded batch: norm, direction, variance, weights, bias
   plan CONFIG      bytes, FLOPs, collectives and time on a TPU that need not be there, and whether it fits
@@ -162,11 +163,14 @@ def command_compare(arguments: list[str]) -> int:
 
 def command_explain(arguments: list[str]) -> int:
     """Prints what a config amounts to."""
-    config = parse("explain", arguments, lambda config: config)
-    check(config)
+    options = parse("explain", arguments, lambda config: ExplainOptions(config=config))
+    check(options.config, sized_only=True)
+    from hptjax.config_sources import field_sources
     from hptjax.explain import explain
+    from hptjax.explain_flops import lengths_asked
 
-    print(explain(config))
+    lengths = lengths_asked(options.config, options.rollout_tokens, options.demonstration_tokens)
+    print(explain(options.config, given=field_sources(arguments[0], arguments[1:]), lengths=lengths))
     return 0
 
 

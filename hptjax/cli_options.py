@@ -75,6 +75,15 @@ class EvalOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExplainOptions:
+    """What a config amounts to, before anything is loaded; model and data need not be there."""
+
+    rollout_tokens: float | None = None  # mean tokens of a rollout, prompt included; None: the most there can be
+    demonstration_tokens: float | None = None  # of a demonstration; None: rollout_tokens, or the most there can be
+    config: ConfigFields = dataclasses.field(default_factory=Config)
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleOptions:
     """Completions of a prompt."""
 

@@ -6,7 +6,15 @@ import dataclasses
 import math
 
 from hptjax.config import Config, ScheduleKind, StageConfig
-from hptjax.config_methods import APART, samples_per_question
+from hptjax.config_methods import (
+    APART,
+    BESIDE_A_GROUP,
+    GATED,
+    IN_A_GROUP,
+    PAIRED,
+    learns_from_rollouts,
+    samples_per_question,
+)
 
 # up to here `model.attention = "auto"` takes the plain form: its [B H T T] scores are small, and it is the fastest
 SHORT_ROW_TOKENS = 1024
@@ -50,6 +58,51 @@ def steps_of(config: Config) -> list[tuple[str, str, int]]:
         (f"stages.{i}", stage.method, stage.questions_per_step or questions) for i, stage in enumerate(config.stages)
     ]
     return [*stages, ("the last stage", config.method, questions)]
+
+
+def stage_alone(config: Config, stage: StageConfig) -> Config:
+    """The config of a run that is this stage and no other."""
+    data = dataclasses.replace(
+        config.data, questions_per_step=stage.questions_per_step or config.data.questions_per_step
+    )
+    chosen = schedule_of(config, stage)
+    optimizer = dataclasses.replace(
+        config.optimizer,
+        schedule=chosen.kind,
+        learning_rate=chosen.learning_rate,
+        warmup_steps=chosen.warmup_steps,
+        end_fraction=chosen.end_fraction,
+        decay_steps=chosen.decay_steps,
+    )
+    train = dataclasses.replace(config.train, steps=stage.steps)
+    return dataclasses.replace(config, method=stage.method, stages=(), data=data, optimizer=optimizer, train=train)
+
+
+def rollouts_sampled(config: Config, method: str) -> tuple[int, int]:
+    """The fewest and the most rollouts that a visit to a question of `method` samples, prefixes counted as sampled."""
+    group = config.rollout.group_size - int(method in IN_A_GROUP) if learns_from_rollouts(method) else 0
+    return group, group * (config.methods.dapo_draws if method == "dapo" else 1)
+
+
+def samples_left(config: Config, method: str) -> tuple[tuple[int, int], ...]:
+    """What a visit to a question of `method` can leave to train on: (rollouts, demonstrations), each way it can go.
+
+    Demonstrations that wait for an update of their own (relift) are counted with the visit. The routes of
+    `hpt/route.py` decide; this is what is known of them before there are any verdicts.
+    """
+    group, _ = rollouts_sampled(config, method)
+    if not group:
+        return ((0, 1),)
+    if method in GATED:
+        gate = max(config.hpt.gate, config.methods.gate_off) if method == "hpt_off_band" else config.hpt.gate
+        ways = [(0, 1)] * (gate >= 0) + [(group, 0)] * (gate < group)
+        return tuple(ways)
+    if method in BESIDE_A_GROUP | IN_A_GROUP:
+        return ((group, 1),)
+    if method in APART:
+        return ((group, 0), (group, 1))
+    may_leave_nothing = method in PAIRED or method == "dapo"
+    return ((0, 0), (group, 0)) if may_leave_nothing else ((group, 0),)
 
 
 def samples_per_update(config: Config, *, method: str, questions: int) -> int:

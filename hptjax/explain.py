@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hptjax.config import Config, ShapeConfig
 from hptjax.config_batch import (
-    SHORT_ROW_TOKENS,
     StageSchedule,
-    mesh_devices,
-    mesh_words,
     micro_batches_needed,
     samples_per_update,
     schedule_of,
+    stage_alone,
     stage_list,
     steps_of,
 )
@@ -26,27 +25,65 @@ from hptjax.config_methods import (
     learns_from_rollouts,
     samples_per_bundle,
 )
+from hptjax.explain_flops import Lengths, flop_lines
 from hptjax.masked import inverse_count
 from hptjax.model_shape import decoder_shape
+from hptjax.models.folder_config import CONFIG_FILE
+from hptjax.models.shape import DecoderConfig
 
 if TYPE_CHECKING:
     from hptjax.build.token_weights import TokenWeight
 
-FP32_BYTES, BF16_BYTES = 4, 2
 SHOWN_SHARES = (0.1, 0.5, 1.0)
 TOKEN_MEANS = ("separate", "joint")  # presets whose rollout weight depends on the tokens of the update
 
 
-def explain(config: Config) -> str:
-    """The report, as text. Nothing is loaded but two small JSON files of the model folder."""
-    shape, vocab_size = model_shape(config)
-    parts = [
-        ("Stages", stage_lines(config)),
-        ("One update", update_lines(config)),
-        ("What one token weighs (its factor in the loss, advantage not included)", weight_lines(config)),
-        (f"Memory, estimated (vocabulary {vocab_size})", memory_lines(config, shape, vocab_size)),
-    ]
+def explain(config: Config, *, given: Mapping[str, str] | None = None, lengths: Lengths | None = None) -> str:
+    """The report, as text. Nothing is loaded but two small JSON files of the model folder, where it is there.
+
+    Args
+      given: field -> who has set it (`config_sources.field_sources`); None: "set" wherever it differs from the default.
+      lengths: mean tokens of a sample, for its operations; None: the most there can be.
+    """
+    from hptjax.explain_fields import field_lines
+    from hptjax.explain_memory import memory_lines, parameter_count
+
+    sized, unknown = known_here(config)
+    shape = folder_shape(sized)
+    stages = stage_list(sized)
+    parts = [("Not known here", unknown)] if unknown else []
+    parts.append(("Stages", stage_lines(sized)))
+    for number, stage in enumerate(stages, start=1):
+        alone = stage_alone(sized, stage)
+        of_stage = f" of stage {number}, {stage.method}" if len(stages) > 1 else ""
+        parts.append((f"One update{of_stage}", update_lines(alone)))
+        title = f"What one token{of_stage} weighs (its factor in the loss, advantage not included)"
+        parts.append((title, weight_lines(alone)))
+    parameters = parameter_count(shape, shape.vocab_size)
+    parts.append((f"Memory, estimated (vocabulary {shape.vocab_size})", memory_lines(sized, shape)))
+    parts.append(("Operations", flop_lines(sized, shape, parameters, lengths)))
+    parts.append(("Fields, and who has set them", field_lines(config, shape, given)))
     return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in parts)
+
+
+def known_here(config: Config) -> tuple[Config, list[str]]:
+    """The config with the preset's sizes where the folder of model.path is absent, and what nobody can know yet."""
+    model, data, unknown = config.model, config.data, []
+    if model.path is None and model.preset is not None and model.tokenizer is None:
+        unknown.append(f"no model.path is set: the sizes are those of model.preset '{model.preset}'")
+    elif model.path is not None and model.preset is not None and not (pathlib.Path(model.path) / CONFIG_FILE).is_file():
+        unknown.append(f"'{model.path}' holds no {CONFIG_FILE}: the sizes are those of model.preset '{model.preset}'")
+        config = dataclasses.replace(config, model=dataclasses.replace(model, path=None))
+    if data.files:
+        unknown.append(
+            f"{', '.join(data.files)}: not opened; how many questions are left and how long they are, `hptjax data "
+            "check` says"
+        )
+    others = {"model.teacher": model.teacher, "model.demonstration_author": model.demonstration_author}
+    others["model.reference"] = None if model.reference == "start" else model.reference
+    return config, unknown + [
+        f"{name} '{folder}': its weights come on top" for name, folder in others.items() if folder is not None
+    ]
 
 
 def stage_lines(config: Config) -> list[str]:
@@ -107,7 +144,7 @@ def update_lines(config: Config) -> list[str]:
     positions = batch.rows * batch.row_tokens
     per_row = min(batch.max_segments, batch.row_tokens // longest)
     needed = micro_batches_needed(config, samples=samples, bundle=samples_per_bundle(config.method))
-    later = "; the later ones are off-policy" if updates > 1 else ""
+    later = "; the later ones are off-policy" if updates > 1 and learns_from_rollouts(config.method) else ""
     return [
         *lines,
         f"longest      {prompt} prompt + {completion} completion = {longest} tokens",
@@ -116,6 +153,8 @@ def update_lines(config: Config) -> list[str]:
         f"per update   at most {needed} micro-batches needed, {batch.max_micro_batches} allowed "
         + "(batch.max_micro_batches)",
         f"per step     {updates} update(s){later}",
+        f"tokens       at most {samples * longest:,} per update, {updates * samples * longest:,} per step, "
+        + f"{config.train.steps * updates * samples * longest:,} in all {config.train.steps:,} steps",
     ]
 
 
@@ -200,59 +239,20 @@ def _group_size(config: Config) -> int:
     return config.rollout.group_size - int(config.method in IN_A_GROUP)
 
 
-def memory_lines(config: Config, shape: ShapeConfig, vocab_size: int) -> list[str]:
-    """Bytes of what is held, before sharding; the activations are an estimate, the rest is exact."""
-    parameters = parameter_count(shape, vocab_size)
-    compute_bytes = FP32_BYTES if config.model.compute_dtype == "float32" else BF16_BYTES
-    positions = config.batch.rows * config.batch.row_tokens
-    cache_entries = 2 * shape.num_layers * config.rollout.slots * config.rollout.cache_capacity
-    heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    whole = config.model.attention == "reference" or config.batch.row_tokens <= SHORT_ROW_TOKENS
-    scores = shape.num_heads * config.batch.row_tokens if whole else 0
-    kept_per_layer = (
-        shape.hidden_size
-        if config.model.remat != "none"
-        else 4 * shape.hidden_size + 2 * heads + 2 * kv + 3 * shape.mlp_size + scores
-    )
-    rows = [
-        ("parameters, fp32", parameters * FP32_BYTES),
-        ("parameters at the start (KL reference)", parameters * FP32_BYTES),
-        ("optimizer (two moments), fp32", 2 * parameters * FP32_BYTES),
-        ("accumulator, fp32", parameters * FP32_BYTES),
-        ("gradient of a micro-batch, fp32", parameters * FP32_BYTES),
-        ("KV cache", cache_entries * kv * compute_bytes),
-        ("logits of a chunk, fp32", config.model.logprob_chunk_tokens * vocab_size * FP32_BYTES),
-        ("activations of a micro-batch (about)", positions * shape.num_layers * kept_per_layer * compute_bytes),
-    ]
-    total = sum(size for _, size in rows)
-    lines = [f"{name:<38}{human_bytes(size):>12}" for name, size in [*rows, ("together", total)]]
-    return [f"{parameters:,} parameters, {mesh_devices(config)} device(s) ({mesh_words(config)})", *lines]
-
-
-def parameter_count(shape: ShapeConfig, vocab_size: int) -> int:
-    """Entries of all parameter arrays of a decoder.
-
-    L (2 D H E + 2 D K E + 3 D F + 2 D [+ 2 E] [+ (H + 2 K) E]) + D + V D [+ V D]
-
-    In brackets: qk-norm, attention bias, untied embeddings.
-    """
-    heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    layer = 2 * shape.hidden_size * (heads + kv) + 3 * shape.hidden_size * shape.mlp_size + 2 * shape.hidden_size
-    layer += 2 * shape.head_dim if shape.qk_norm else 0
-    layer += heads + 2 * kv if shape.attention_bias else 0
-    embeddings = (1 if shape.tie_embeddings else 2) * vocab_size * shape.hidden_size
-    return shape.num_layers * layer + shape.hidden_size + embeddings
-
-
 def model_shape(config: Config) -> tuple[ShapeConfig, int]:
     """Sizes and vocabulary of the model: of its folder, of a preset, or `model.shape` with the tokenizer's vocabulary.
 
     Raises
       FileNotFoundError: the folder of model.path or model.tokenizer lacks its JSON file.
     """
-    shape = decoder_shape(config, lambda: _vocabulary(pathlib.Path(config.model.tokenizer or "")))
+    shape = folder_shape(config)
     names = [field.name for field in dataclasses.fields(ShapeConfig)]
     return ShapeConfig(**{name: getattr(shape, name) for name in names}), shape.vocab_size
+
+
+def folder_shape(config: Config) -> DecoderConfig:
+    """The decoder of `model_shape`, vocabulary included."""
+    return decoder_shape(config, lambda: _vocabulary(pathlib.Path(config.model.tokenizer or "")))
 
 
 def _vocabulary(folder: pathlib.Path) -> int:

@@ -14,7 +14,8 @@ from hptjax import cli, doctor
 from hptjax import explain as explain_module
 from hptjax.config import Config, ShapeConfig
 from hptjax.config_load import load_config
-from hptjax.explain import explain, parameter_count, rl_token_weight, sft_token_weight
+from hptjax.explain import explain, rl_token_weight, sft_token_weight
+from hptjax.explain_memory import parameter_count
 from hptjax.records import Request, SampleId
 from hptjax.rollout.waves import DecodeShape, finished_sample
 from tests.test_config import changed

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from hptjax.types import Array
 
@@ -84,7 +84,7 @@ def make_rules(preset: str, axes: Mapping[str, Sequence[str]] | None = None, *, 
 
 
 def partition_spec(
-    mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int] | None = None, rules: Rules = FSDP_RULES
+    mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int] | None = None, rules: Rules = FSDP_RULES
 ) -> PartitionSpec:
     """How an array with these logical axes is cut over the mesh; mesh axes of one device are left out.
 
@@ -144,7 +144,7 @@ def axes_that_divide(name: str, size: int, mesh_axes: Sequence[str], sizes: Mapp
     )
 
 
-def named_shardings(mesh: Mesh, axes_tree: Any, shapes: Any = None, rules: Rules = FSDP_RULES) -> Any:
+def named_shardings(mesh: Mesh | AbstractMesh, axes_tree: Any, shapes: Any = None, rules: Rules = FSDP_RULES) -> Any:
     """The tree of shardings that belongs to a tree of logical axis names.
 
     Args
