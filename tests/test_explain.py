@@ -13,7 +13,7 @@ import pytest
 from hptjax import cli
 from hptjax.build.method import options
 from hptjax.config import Config, StageConfig, flatten, resolved
-from hptjax.config_batch import rollouts_sampled, samples_left, stage_alone
+from hptjax.config_batch import rollouts_sampled, samples_left, stage_alone, stage_list
 from hptjax.config_load import load_config, read_file
 from hptjax.config_methods import MethodName, MicroGroupRow
 from hptjax.config_sources import field_sources
@@ -23,6 +23,9 @@ from hptjax.explain_memory import held, parameter_count
 from hptjax.hpt.gate import demonstration_sample
 from hptjax.hpt.methods import METHODS
 from hptjax.hpt.route import Judged
+from hptjax.plan.plan import held_bytes
+from hptjax.plan.programs import run_programs
+from hptjax.plan.topology import mesh_on
 from hptjax.records import Example, FinishReason, Question, Sample, SampleId, Source
 from tests.test_config import changed
 
@@ -342,3 +345,31 @@ def test_explain_refuses_lengths_that_are_none(capsys, words):
     path = str(ROOT / "configs" / "hpt_llama3.1_8b.toml")
     assert cli.run(["explain", path, *words]) == cli.BAD_INPUT
     assert f"change {words[0]}" in capsys.readouterr().err
+
+
+def test_explain_bytes_are_those_of_the_lowered_programs(eight_devices):
+    """A mesh of eight, rollouts in another layout, bf16: the shapes and shardings that `hptjax plan` compiles."""
+    config = changed(
+        Config(),
+        model__preset="qwen3-0.6b",
+        model__compute_dtype="bfloat16",
+        mesh__fsdp=2,
+        mesh__sequence=2,
+        mesh__tensor=2,
+        mesh__rollout_rules="decode",
+        batch__rows=4,
+        rollout__slots=16,
+        rollout__prefill_rows=4,
+    )
+    shape = folder_shape(config)
+    programs = run_programs(config, stage_list(config)[-1], shape, mesh_on(config, eight_devices))
+    rows, planned = by_name(config), held_bytes(programs)
+    names = {
+        "parameters": "parameters, fp32",
+        "optimizer": "optimizer (two moments), fp32",
+        "accumulator": "accumulator, fp32",
+        "weights of rollouts": "weights of rollouts",
+        "KV cache": "KV cache",
+    }
+    for name, row in names.items():  # beside the moments and the sums there are a few counters
+        assert 0 <= planned[name] - rows[row].device <= 200, name

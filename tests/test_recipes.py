@@ -24,7 +24,10 @@ from hptjax.models import decoder
 from hptjax.models.folder import save_folder
 from hptjax.models.shape import DecoderConfig, Llama3RopeScaling
 from hptjax.plan.chips import parse_topology
-from hptjax.plan.topology import mesh_for
+from hptjax.plan.model import decoder_shape
+from hptjax.plan.plan import held_bytes
+from hptjax.plan.programs import run_programs
+from hptjax.plan.topology import mesh_for, mesh_on
 from hptjax.train.jsonl import read_rows
 from tests import tiny
 from tests.chat_templates import CHAT, byte_tokenizer
@@ -158,6 +161,20 @@ def test_recipe_header_has_a_command_that_runs_on_the_hardware_it_names(name):
     check_mesh(dataclasses.replace(config, model=dataclasses.replace(config.model, path=None)))  # by the preset's sizes
     assert mesh_for(read_file(path_of(name)), parse_topology(topology)).mesh == config.mesh  # as `hptjax plan` fills up
     assert Path(config.model.path).name.lower().replace("-", "").startswith(config.model.preset.replace("-", "")[:5])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_programs_can_be_made_for_chips_that_are_absent(name, eight_devices):
+    """What `hptjax plan` makes of it before it compiles, on eight devices; the weights have the bytes of the shape."""
+    config = read_file(path_of(name))
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=8 // config.mesh.tensor))
+    shape = decoder_shape(config)
+    held = held_bytes(run_programs(config, stage_list(config)[-1], shape, mesh_on(config, eight_devices)))
+    count = sum(
+        leaf.size
+        for leaf in jax.tree.leaves(jax.eval_shape(lambda key: decoder.init_params(key, shape), jax.random.key(0)))
+    )
+    assert held["parameters"] == pytest.approx(4 * count / 8, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
