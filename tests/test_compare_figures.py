@@ -11,6 +11,7 @@ import pytest
 import hptjax.build.parts as build_parts
 from hptjax import compare
 from hptjax.compare.arms import chosen_arms
+from hptjax.compare.text import as_text
 from hptjax.compare.transitions import discoveries, exclusive, fisher_p, forgetting, transitions
 from hptjax.config import CompareArm, CompareConfig
 from tests import tiny
@@ -104,3 +105,11 @@ def test_compare_tunes_the_learning_rate_and_the_share_of_sft_on_validation_ques
     assert made["optimizer"]["learning_rate"] == chosen["learning_rate"]
     assert [stage["steps"] for stage in made["stages"]] == [round(2 * chosen["sft_share"])]
     assert [stage["learning_rate"] for stage in made["stages"]] == [5e-4]
+
+
+def test_tables_of_the_results_page_are_those_of_their_json(repository):
+    """Made again from the figures, to the last character."""
+    report = json.loads((repository / "docs" / "compare-countdown.json").read_text())
+    assert as_text(report) in (repository / "docs" / "results.md").read_text()
+    assert len(report["seeds"]) == 5
+    assert len(report["figures"]["flops"]) == 10

@@ -22,31 +22,11 @@ from hptjax.data.importers import ROW_REASONS
 from hptjax.data.prepare import DROP_REASONS
 from hptjax.data.rows import Unreadable, open_rows
 from hptjax.records import Example
-
-
-def verl_row(index, *, target=True, gold=None):
-    """A row with the columns of OpenR1-Math-46k-8192."""
-    trace = f"<think>\nTwo and {index}.\n</think>\n\nIt is \\boxed{{{index + 2}}}."
-    return {
-        "data_source": "math",
-        "prompt": [
-            {"content": "Reason step by step.", "role": "system"},
-            {"content": f"What is 2+{index}?", "role": "user"},
-        ],
-        "target": [{"content": trace, "role": "assistant"}] if target else None,
-        "ability": "math",
-        "reward_model": {"ground_truth": gold or str(index + 2), "style": "rule"},
-        "extra_info": {"index": index, "split": "train"},
-    }
+from tests.openr1 import parquet, verl_row
 
 
 def rows_of(name):
     return list(open_rows(str(name)))
-
-
-def parquet(path, rows):
-    datasets.Dataset.from_list(rows).to_parquet(str(path))
-    return path
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from hptjax.losses.reducers import token_mean
 from hptjax.records import Sample, SampleId, Source
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import put_micro_batch
+from tests.openr1 import verl_row
 from tests.test_files import on_files
-from tests.test_importers import verl_row
 
 pytestmark = pytest.mark.slow
 

@@ -31,7 +31,7 @@ from hptjax.plan.topology import mesh_for, mesh_on
 from hptjax.train.jsonl import read_rows
 from tests import tiny
 from tests.chat_templates import CHAT, byte_tokenizer
-from tests.test_importers import parquet, verl_row
+from tests.openr1 import ten_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = "hpt_qwen2.5_math_1.5b"
@@ -279,7 +279,7 @@ SMALL = """
 def place(tmp_path_factory):
     """A folder with ten rows of verl parquet, two of them without a demonstration, and a tiny model of each family."""
     folder = tmp_path_factory.mktemp("recipes")
-    parquet(folder / "openr1.parquet", [verl_row(i, target=i % 5 != 4) for i in range(10)])
+    ten_rows(folder / "openr1.parquet")
     for name, shape in FAMILIES.items():
         params = jax.tree.map(np.asarray, decoder.init_params(jax.random.key(1), shape))
         save_folder(folder / name, shape, params, dtype=np.float32)
