@@ -130,10 +130,10 @@ def update_lines(config: Config) -> list[str]:
     lines = []
     if learns_from_rollouts(config.method):
         group = _group_size(config)
-        waves = -(-questions * group // rollout.slots)
+        fills = -(-questions * group // rollout.slots)
         lines.append(
             f"rollouts     {questions} questions x {group} = {questions * group} per step, "
-            f"in {waves} wave(s) of {rollout.slots} slots"
+            f"in {rollout.slots} slots, each filled {fills} time{'s' * (fills > 1)}"
         )
     if config.method in GATED:
         fewest = questions // updates

@@ -17,7 +17,7 @@ from hptjax.config_load import load_config
 from hptjax.explain import explain, rl_token_weight, sft_token_weight
 from hptjax.explain_memory import parameter_count
 from hptjax.records import Request, SampleId
-from hptjax.rollout.waves import DecodeShape, finished_sample
+from hptjax.rollout.requests import DecodeShape, finished_sample
 from tests.test_config import changed
 
 
@@ -204,7 +204,7 @@ def test_explain_prints_batches_weights_and_bytes(config_file):
     text = explain(load_config(config_file))
     # By hand: 64 questions x 8 = 512 samples, two of at most 48 tokens per row of 128, 64 rows: 512 / 128 = 4.
     assert "at most 4 micro-batches needed, 16 allowed" in text
-    assert "64 questions x 8 = 512 per step, in 2 wave(s) of 256 slots" in text
+    assert "64 questions x 8 = 512 per step, in 256 slots, each filled 2 times" in text
     # 2 x 4 layers x 256 slots x 48 positions x 2 heads x 32 x 4 bytes = 25,165,824 bytes
     assert "KV cache" in text
     assert "24.0 MiB" in text

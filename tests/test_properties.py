@@ -599,7 +599,7 @@ def test_second_update_is_clipped_by_the_ratio_to_the_score_pass(made, by_hand):
         seen.append((before, to_host(micro_batch)))
         return stage.micro_step(state, micro_batch, is_last)
 
-    def sample(params, requests, *, should_stop, on_wave):
+    def sample(params, requests, *, should_stop, on_finished):
         by_id = {question.question_id: question for question in recorded.questions()}
         done = [
             recorded.rollout(

@@ -106,20 +106,20 @@ def test_resume_metrics_have_no_gaps_or_repeats(uninterrupted):
     assert len(shares) > 1  # both objectives occur, or this test proves little
 
 
-def wave_killer(countdown):
-    """Kills after so many finished waves of rollouts."""
+def rollout_killer(countdown):
+    """Kills after rollouts have been finished so many times."""
 
     def wrap(sample):
         def sample_then_die(params, requests, **options):
-            inner = options["on_wave"]
+            inner = options["on_finished"]
 
-            def on_wave(samples):
+            def on_finished(samples):
                 inner(samples)
                 countdown[0] -= 1
                 if countdown[0] == 0:
                     raise Killed
 
-            return sample(params, requests, **options | {"on_wave": on_wave})
+            return sample(params, requests, **options | {"on_finished": on_finished})
 
         return sample_then_die
 
@@ -164,7 +164,7 @@ def test_resume_after_death_is_bitwise(uninterrupted, tmp_path, monkeypatch, pla
 
     def dying_run(stages, state, progress, world, cadence):
         if place == "rollout":
-            world = dataclasses.replace(world, sample=wave_killer(countdown)(world.sample))
+            world = dataclasses.replace(world, sample=rollout_killer(countdown)(world.sample))
         if place == "micro":
             stages = [dataclasses.replace(s, micro_step=micro_killer(countdown)(s.micro_step)) for s in stages]
         if place == "save":

@@ -1,6 +1,6 @@
 """The sampler: what it draws, when it stops, what it refuses, how often it compiles and reads.
 
-Oracle: a slow loop that knows no cache, no wave and no slot. For each token it runs the training forward over the
+Oracle: a slow loop that knows no cache and no slot. For each token it runs the training forward over the
 whole context, truncates in NumPy and adds the noise of that sample and position.
 """
 
@@ -21,8 +21,9 @@ from hptjax.models import decoder
 from hptjax.models.shape import DecoderConfig
 from hptjax.records import FinishReason, Request, SampleId, Source
 from hptjax.rollout import engine as engine_module
-from hptjax.rollout import waves
+from hptjax.rollout.admission import plan_prefills
 from hptjax.rollout.engine import RolloutShardings, make_engine
+from hptjax.rollout.requests import DecodeShape, truncates
 from tests.test_sampling import textbook_allowed
 
 CONFIG = DecoderConfig(
@@ -40,10 +41,10 @@ SIZES = {
 }
 
 
-def make_policy(capacity=CAPACITY):
+def make_policy():
     bound = {"config": CONFIG, "compute_dtype": jnp.float32}
     return {
-        "prefill": functools.partial(decoder.prefill, capacity=capacity, **bound),
+        "prefill": functools.partial(decoder.prefill, **bound),
         "decode_step": functools.partial(decoder.decode_step, **bound),
         "unembedding": functools.partial(decoder.unembedding, config=CONFIG),
     }
@@ -56,13 +57,14 @@ def make_params():
 
 
 PARAMS = make_params()
+SHAPE = DecodeShape(**{name: size for name, size in SIZES.items() if name != "pad_id"}, max_stop_ids=8)
 
 
 @functools.cache
 def shared_engine(**sizes):
     """One engine per compiled shape for the whole module."""
     sizes = SIZES | sizes
-    return make_engine(**make_policy(sizes["cache_capacity"]), **sizes)
+    return make_engine(**make_policy(), **sizes)
 
 
 def request(question, index=0, visit=0, *, prompt=3, prefix=0, limit=8, stop=(1,), **settings):
@@ -236,7 +238,7 @@ def test_replay_on_a_sharded_mesh_agrees_up_to_near_ties(eight_devices):
 
     sample = make_engine(**policy | {"decode_step": decode_step}, **SIZES, shardings=shardings)
     params = jax.device_put(PARAMS, placed())
-    plain = [place for place, asked in enumerate(mixed_requests()) if not waves.truncates(asked)]
+    plain = [place for place, asked in enumerate(mixed_requests()) if not truncates(asked)]
     got = sample(params, [mixed_requests()[place] for place in plain], jax.device_put(KEY, placed()))
     for place, one in zip(plain, got, strict=True):
         assert_same_up_to_near_ties(mixed_requests()[place], one, mixed_samples()[place])
@@ -246,18 +248,16 @@ def test_replay_on_a_sharded_mesh_agrees_up_to_near_ties(eight_devices):
 
 
 def test_replay_shape_is_the_samples_own():
-    shape = waves.DecodeShape(**{k: v for k, v in SIZES.items() if k != "pad_id"}, max_stop_ids=8)
     short, long = request(0), request(1, prompt=11, prefix=8, limit=13)
-    for wave in ([short], [short, long], [long, short]):
-        calls = {call.tokens.shape[1]: call for call in waves.plan_prefills(wave, shape, 0)}
-        assert set(calls) == ({4} if long not in wave else {4, 20})
-        slot = wave.index(short)
-        row = calls[4].row_of_slot[slot]
+    for asked in ([short], [short, long], [long, short]):
+        calls = {call.tokens.shape[1]: call for call in plan_prefills(asked, range(len(asked)), SHAPE, 0)}
+        assert set(calls) == ({4} if long not in asked else {4, 20})
+        ((place, row),) = calls[4].entries
+        assert asked[place] is short
         np.testing.assert_array_equal(calls[4].tokens[row], [*short.prompt_tokens, 0])
         assert calls[4].lengths[row] == 3
-        assert (calls[4].row_of_slot >= 0).sum() == 1
-    assert "4x4 " in shape.describe(short)
-    assert "4x20 " in shape.describe(long)
+    assert "4x4 " in SHAPE.describe(short)
+    assert "4x20 " in SHAPE.describe(long)
 
 
 def test_replay_key_and_id_parts_each_change_the_sample():
@@ -269,35 +269,27 @@ def test_replay_key_and_id_parts_each_change_the_sample():
     assert len({tuple(sample.completion_tokens) for sample in samples}) == 6
 
 
-def test_rollout_prefills_each_context_of_a_wave_once():
-    shape = waves.DecodeShape(**{k: v for k, v in SIZES.items() if k != "pad_id"}, max_stop_ids=8)
-    wave = [request(0, i) for i in range(4)] + [request(1, 0), request(0, 9, prefix=1)]
-    (call,) = waves.plan_prefills(wave, shape, 0)
-    np.testing.assert_array_equal(call.row_of_slot, [0, 0, 0, 0, 1, 2])
+def test_rollout_prefills_each_context_once():
+    asked = [*(request(0, i) for i in range(4)), request(1, 0), request(0, 9, prefix=1)]
+    (call,) = plan_prefills(asked, range(6), SHAPE, 0)
+    assert call.entries == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 2)]
     np.testing.assert_array_equal(call.lengths, [3, 3, 4, 1])
-    many = [request(q) for q in range(6)]
-    assert [call.row_of_slot.tolist() for call in waves.plan_prefills(many, shape, 0)] == [
-        [0, 1, 2, 3, -1, -1],
-        [-1, -1, -1, -1, 0, 1],
-    ]
-
-
-def test_rollout_never_mixes_truncated_and_plain_requests():
-    shape = waves.DecodeShape(**{k: v for k, v in SIZES.items() if k != "pad_id"}, max_stop_ids=8)
-    asked = mixed_requests()
-    planned = list(waves.plan_waves(asked, shape))
-    assert sorted(place for wave in planned for place in wave) == list(range(len(asked)))
-    assert all(len({waves.truncates(asked[place]) for place in wave}) == 1 and len(wave) <= 6 for wave in planned)
+    np.testing.assert_array_equal(call.tokens[2], [*asked[5].prompt_tokens, *asked[5].prefix_tokens])
+    many = [request(q % 6, q) for q in range(13)]
+    # four contexts of six at a time; request 1 is not asked for
+    first, second = plan_prefills(many, [0, *range(2, 13)], SHAPE, 0)
+    assert first.entries == [(0, 0), (6, 0), (12, 0), (7, 1), (2, 2), (8, 2), (3, 3), (9, 3)]
+    assert second.entries == [(4, 0), (10, 0), (5, 1), (11, 1)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 6, 7, 13])
 def test_rollout_serves_ragged_numbers_of_requests(count):
     asked = [request(q % 3, q) for q in range(13)][:count]
-    waves_seen = []
-    samples = shared_engine()(PARAMS, asked, KEY, on_wave=waves_seen.append)
+    seen = []
+    samples = shared_engine()(PARAMS, asked, KEY, on_finished=seen.append)
     assert [sample.sample_id for sample in samples] == [one.sample_id for one in asked]
-    assert len(waves_seen) == -(-count // 6)
-    assert sum(map(len, waves_seen)) == count
+    assert sorted(one.sample_id for samples in seen for one in samples) == sorted(one.sample_id for one in asked)
+    assert all(seen)
     whole = shared_engine()(PARAMS, [request(q % 3, q) for q in range(13)], KEY)
     for got, expected in zip(samples, whole, strict=False):
         assert_same_bits(got, expected)
@@ -324,12 +316,12 @@ def test_rollout_samples_nothing_after_a_prefix_that_is_complete(monkeypatch):
     inside = dataclasses.replace(request(2), prefix_tokens=np.array([1, 7], np.int32))  # a stop id, but not at the end
     seen = []
     beyond = request(3, prompt=17, prefix=5, limit=5, stop=())  # no bucket holds 22 tokens, and none is needed
-    samples = shared_engine()(PARAMS, [inside, full, ended, beyond], KEY, on_wave=seen.append)
+    samples = shared_engine()(PARAMS, [inside, full, ended, beyond], KEY, on_finished=seen.append)
     assert len(samples[0].completion_tokens) > 2
     assert [len(sample.completion_tokens) for sample in samples[1:]] == [4, 2, 5]
     assert [sample.finish_reason for sample in samples[1:3]] == [FinishReason.LENGTH, FinishReason.STOP]
     assert [sample.decode_shape == "" for sample in samples] == [False, True, True, True]
-    assert [len(wave) for wave in seen] == [3, 1]
+    assert [len(samples) for samples in seen] == [3, 1]
 
 
 def test_rollout_stops_at_any_id_of_its_own_set():
@@ -352,8 +344,8 @@ def test_rollout_top_k_one_is_greedy():
         completion.append(token)
 
 
-def test_rollout_compiles_once_for_all_settings_and_reads_once_per_call(monkeypatch):
-    traced, reads = Counter(), Counter()
+def test_rollout_compiles_once_for_all_settings_and_reads_one_array_per_call(monkeypatch):
+    traced, reads = Counter(), []
     policy = make_policy()
 
     def counted(name):
@@ -364,13 +356,13 @@ def test_rollout_compiles_once_for_all_settings_and_reads_once_per_call(monkeypa
         return call
 
     def to_host(tree):
-        reads["arrays"] += len(jax.tree.leaves(tree))
+        reads.extend(leaf.shape for leaf in jax.tree.leaves(tree))
         return jax.device_get(tree)
 
     monkeypatch.setattr(engine_module, "to_host", to_host)
     sample = make_engine(**{name: counted(name) for name in policy}, **SIZES | {"prompt_buckets": (8,)})
     sample(PARAMS, [request(0, limit=16, stop=())], KEY)
-    assert reads["arrays"] <= 4 - 1 + 3  # 16 tokens are 4 calls, the last needs no flag; tokens, log-probs and counts
+    assert reads == [(6, 2 * 5 + 2)] * 4  # 16 tokens are 4 calls of 5
     first = Counter(traced)
     for step in range(4):
         settings = {"temperature": 0.5 + step, "stop": tuple(range(step)), "limit": 4 + step, "prefix": step}
@@ -382,22 +374,30 @@ def test_rollout_compiles_once_for_all_settings_and_reads_once_per_call(monkeypa
     assert traced["decode_step"] == 2
 
 
-def test_rollout_asks_should_stop_and_keeps_only_finished_waves():
-    asked = [request(q, limit=12, stop=()) for q in range(13)]  # three waves of 6, 6, 1: three calls each
+def test_rollout_asks_should_stop_and_keeps_what_is_done():
+    """Six slots and calls of five tokens: six samples of 4 tokens, six of 8 and one of 12 come in that order."""
+    limits = [12, *[8] * 6, *[4] * 6]
+    asked = [request(q, limit=limit, stop=()) for q, limit in enumerate(limits)]
     whole = shared_engine()(PARAMS, asked, KEY)
-    for stop_at in (0, 4, 7, 9, 12, 13, 14):  # each wave asks before its prefills (2, 2, 1) and its 3 decode calls
-        kept = []
-        answers = itertools.count()
+    answers = itertools.count()
+    shared_engine()(PARAMS, asked, KEY, should_stop=lambda: next(answers) < 0)
+    times = next(answers)
+    finished = []
+    for stop_at in range(times + 1):
+        kept, answers = [], itertools.count()
         stopped = lambda answers=answers, stop_at=stop_at: next(answers) >= stop_at  # noqa: E731
-        samples = shared_engine()(PARAMS, asked, KEY, should_stop=stopped, on_wave=kept.append)
-        finished = 6 * (stop_at // 5) if stop_at < 14 else 13
-        assert [sample.sample_id.question for sample in samples] == list(range(finished))
-        assert sum(map(len, kept)) == finished
-    samples = samples[:6]
-    rest = [one for one in asked if one.sample_id not in by_id(samples)]
-    for got, expected in zip([*samples, *shared_engine()(PARAMS, rest, KEY)], whole, strict=True):
-        assert_same_bits(got, expected)
-    assert shared_engine()(PARAMS, asked, KEY, should_stop=lambda: True) == []
+        samples = shared_engine()(PARAMS, asked, KEY, should_stop=stopped, on_finished=kept.extend)
+        assert next(answers) == min(stop_at + 1, times)  # asked no more after it said so
+        assert by_id(kept) == by_id(samples)
+        rest = [one for one in asked if one.sample_id not in by_id(samples)]
+        again = by_id([*samples, *shared_engine()(PARAMS, rest, KEY)])
+        for expected in whole:
+            assert_same_bits(again[expected.sample_id], expected)
+        finished.append(len(samples))
+    assert finished == sorted(finished)
+    assert finished[0] == 0
+    assert finished[-1] == len(asked)
+    assert len(set(finished)) > 3
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class Policy:
 
     Args
       params: float32, sharded over `mesh` by `rules`. shardings: the same tree. sample: the rollout engine, (params,
-        requests, key, *, should_stop, on_wave) -> samples. token_stats: want_entropy -> the model call of the losses.
+        requests, key, *, should_stop, on_finished) -> samples. token_stats: want_entropy -> the losses' model call.
       stop_ids: any of them ends a completion: the tokenizer's eos, those of the folder's generation_config.json, and
         `rollout.stop_ids`.
     """
@@ -154,7 +154,6 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
         prefill=partial(
             decoder.prefill,
             config=shape,
-            capacity=rollout.cache_capacity,
             compute_dtype=dtype,
             constrain=constrain_rollout,
             attention=prefill_attention(config, shape, mesh, decode_rules),

@@ -169,7 +169,7 @@ def prefill(
     lengths: Int[Array, " B"],
     *,
     config: DecoderConfig,
-    capacity: int,
+    capacity: int | None = None,
     compute_dtype: Any,
     constrain: Constrain = unconstrained,
     attention: PackedAttention = reference_attention,
@@ -178,11 +178,12 @@ def prefill(
 
     Args
       lengths: prompt tokens of each row; what stands past them changes nothing before them.
-      capacity: C; P at least.
+      capacity: C; P at least, and P where it is None.
 
     Raises capacity < P -> ValueError.
     """
     batch, prompt_tokens = tokens.shape
+    capacity = prompt_tokens if capacity is None else capacity
     if capacity < prompt_tokens:
         raise ValueError(
             f"prefill needs a cache capacity of at least {prompt_tokens} (the prompt bucket), got {capacity}"

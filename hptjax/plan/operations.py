@@ -51,7 +51,10 @@ def program_flops(config: Config, shape: DecoderConfig, name: str, *, platform: 
 
 
 def program_turns(config: Config, name: str) -> tuple[int, ...]:
-    """Turns of a program's loops whose length depends on data, the outermost first: tokens of a call, cache blocks."""
+    """Turns of a program's loops whose length depends on data, the outermost first: tokens of a call, cache blocks;
+    slots that are entered."""
+    if name == "enter":
+        return (config.rollout.slots,)
     if name != "decode":
         return ()
     block = cache_block(config, "tpu")

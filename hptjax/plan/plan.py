@@ -159,6 +159,7 @@ def held_bytes(programs: RunPrograms) -> dict[str, float]:
         "micro-batch": bytes_per_device(programs.micro_batch),
         "weights of rollouts": bytes_per_device(programs.decode_params) if programs.copies_weights else 0.0,
         "KV cache": bytes_per_device(programs.cache),
+        "prefilled prompts": bytes_per_device(programs.rows),
         "on the host: optimizer": bytes_per_device(chain.optimizer, on_host=True),
     }
 
@@ -168,9 +169,12 @@ def _resident(name: str, held: dict[str, float], programs: RunPrograms) -> float
     state = held["parameters"] + held["optimizer"] + held["accumulator"] + held["counters and checks"]
     if name == "train step":
         return 0.0
-    if name in ("score", "reshard") or not programs.copies_weights:
+    if name in ("score", "reshard"):
         return state - held["parameters"]
-    return state
+    if name == "enter":
+        return state + held["weights of rollouts"]
+    beside = held["KV cache"] if name == "prefill" else held["prefilled prompts"]
+    return beside + (state if programs.copies_weights else state - held["parameters"])
 
 
 def step_time(config: Config, stage: StageConfig, shape: DecoderConfig, plan: Plan, programs: RunPrograms) -> StepTime:
@@ -181,10 +185,11 @@ def step_time(config: Config, stage: StageConfig, shape: DecoderConfig, plan: Pl
     micro_batches = micro_batches_needed(config, samples=samples)
     sampled = 0.0
     if learns_from_rollouts(stage.method):
-        waves, prefills = rollouts_per_step(config, stage)
+        fills, prefills = rollouts_per_step(config, stage)
         calls = -(-config.rollout.max_completion_tokens // config.rollout.tokens_per_call)
         seconds = {name: program.time.seconds for name, program in plan.programs.items()}
-        sampled = waves * (prefills * seconds["prefill"] + calls * seconds["decode"]) + seconds.get("reshard", 0.0)
+        sampled = prefills * seconds["prefill"] + fills * (seconds["enter"] + calls * seconds["decode"])
+        sampled += seconds.get("reshard", 0.0)
     train = plan.programs["train step"]
     tokens = updates * micro_batches * config.batch.rows * config.batch.row_tokens
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens

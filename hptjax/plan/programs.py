@@ -1,4 +1,4 @@
-"""The programs of a run, lowered from shapes alone: train step with update, score pass, prefill and decode.
+"""The programs of a run, lowered from shapes alone: train step with update, score pass and those of rollouts.
 
 They are the functions that `hptjax train` compiles (`build.policy.build_functions`, `build.stages.build_step`,
 `rollout.programs.make_programs`), on a mesh whose devices need not exist.
@@ -23,8 +23,9 @@ from hptjax.config import Config, StageConfig
 from hptjax.losses.estimator import Need
 from hptjax.models import decoder
 from hptjax.models.shape import DecoderConfig
-from hptjax.rollout import waves
-from hptjax.rollout.programs import make_programs
+from hptjax.rollout.admission import entry_table
+from hptjax.rollout.programs import make_programs, rows_shardings
+from hptjax.rollout.requests import DecodeShape
 from hptjax.sharding.mesh import REPLICATED_FIELDS, SEGMENT_FIELDS
 from hptjax.sharding.rules import Rules, partition_spec, replicated
 from hptjax.train.state import TrainState
@@ -38,7 +39,8 @@ class RunPrograms:
     """Shapes with their places, and the lowering of each program.
 
     Args
-      state: the train state; micro_batch; decode_params: the weights that rollouts use; cache: the KV cache.
+      state: the train state; micro_batch; decode_params: the weights that rollouts use; cache: the KV cache; rows: the
+        contexts of one prefill call.
       lower: program name -> its lowering; nothing is traced before the call.
       scores: whether the method scores its micro-batches before it trains on them. copies_weights: whether rollouts
         have weights of their own.
@@ -48,6 +50,7 @@ class RunPrograms:
     micro_batch: MicroBatch
     decode_params: Any
     cache: Any
+    rows: Any
     lower: dict[str, Callable[[], jax.stages.Lowered]]
     scores: bool
     copies_weights: bool
@@ -66,12 +69,13 @@ def run_programs(config: Config, stage: StageConfig, shape: DecoderConfig, mesh:
         "train step": lambda: step.micro_step.__wrapped__.lower(state, micro_batch, is_last),  # type: ignore[attr-defined]
         "score": lambda: score.lower(params, micro_batch),
     }
-    decode_params, cache, rollout = _rollout(config, shape, mesh, model, params)
+    decode_params, cache, rows, rollout = _rollout(config, shape, mesh, model, params)
     return RunPrograms(
         state=state,
         micro_batch=micro_batch,
         decode_params=decode_params,
         cache=cache,
+        rows=rows,
         lower=lower | rollout,
         scores=bool(step.recipe.looks) or Need.REFERENCE_LOGPROBS in step.recipe.needs,
         copies_weights=model.decode_weights is not None,
@@ -116,10 +120,10 @@ def _micro_batch(empty: MicroBatch, mesh: Mesh, rules: Rules) -> MicroBatch:
 
 def _rollout(
     config: Config, shape: DecoderConfig, mesh: Mesh, model: Functions, params: Any
-) -> tuple[Any, Any, dict[str, Callable[[], jax.stages.Lowered]]]:
-    """The weights and the cache of rollouts, and the lowering of prefill and decode."""
+) -> tuple[Any, Any, Any, dict[str, Callable[[], jax.stages.Lowered]]]:
+    """The weights of rollouts, their cache and prefilled rows, and the lowering of prefill, entry and decode."""
     rollout = config.rollout
-    sizes = waves.DecodeShape(
+    sizes = DecodeShape(
         vocab_size=shape.vocab_size,
         slots=rollout.slots,
         prefill_rows=rollout.prefill_rows,
@@ -142,22 +146,22 @@ def _rollout(
         weights = _with_places(jax.eval_shape(model.decode_weights, params), model.decode_shardings)
         lower["reshard"] = lambda: move.lower(params)
     places = model.rollout_shardings
-    cache = jax.eval_shape(programs.empty_cache, weights)
-    rows = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, vars(waves.wave_rows([], sizes, 0))))
-    settings, progress = jax.eval_shape(programs.begin, jax.eval_shape(lambda: jax.random.key(0)), rows)
-    if places is not None:
-        cache = _with_places(cache, places.cache)
-        settings, progress = (_with_places(tree, places.rows) for tree in (settings, progress))
-    bucket = rollout.prompt_buckets[-1]
-    tokens = jax.ShapeDtypeStruct((rollout.prefill_rows, bucket), jnp.int32)
+    cache, settings, progress = jax.eval_shape(programs.empty, weights)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((rollout.prefill_rows, rollout.prompt_buckets[-1]), jnp.int32)
     lengths = jax.ShapeDtypeStruct((rollout.prefill_rows,), jnp.int32)
-    row_of_slot = jax.ShapeDtypeStruct((rollout.slots,), jnp.int32)
+    rows = jax.eval_shape(programs.prefill, weights, tokens, lengths)
+    entries = jax.eval_shape(lambda: jnp.asarray(entry_table({}, sizes)))
+    if places is not None:
+        cache, rows = _with_places(cache, places.cache), _with_places(rows, rows_shardings(places.cache))
+        settings, progress = (_with_places(tree, places.rows) for tree in (settings, progress))
     truncated = rollout.top_k > 0 or rollout.top_p < 1
-    lower["prefill"] = lambda: programs.insert.lower(weights, cache, tokens, lengths, row_of_slot)  # type: ignore[attr-defined]
+    lower["prefill"] = lambda: programs.prefill.lower(weights, tokens, lengths)  # type: ignore[attr-defined]
+    lower["enter"] = lambda: programs.enter.lower(cache, settings, progress, rows, entries)  # type: ignore[attr-defined]
     lower["decode"] = lambda: programs.decode.lower(  # type: ignore[attr-defined]
-        weights, cache, progress, settings, truncated=truncated
+        weights, key, cache, settings, progress, truncated=truncated
     )
-    return weights, cache, lower
+    return weights, cache, rows, lower
 
 
 def _with_places(shapes: Any, places: Any) -> Any:
@@ -171,8 +175,7 @@ def _with_places(shapes: Any, places: Any) -> Any:
 
 
 def rollouts_per_step(config: Config, stage: StageConfig) -> tuple[int, int]:
-    """(waves, prefill calls in each) of a step of this stage, every context a different one per question."""
+    """(how often every slot is filled, prefill calls) in a step of this stage, one context per question."""
     questions = stage.questions_per_step or config.data.questions_per_step
-    count = math.ceil(questions * config.rollout.group_size / config.rollout.slots)
-    per_wave = math.ceil(min(questions, config.rollout.slots / config.rollout.group_size))
-    return count, math.ceil(per_wave / config.rollout.prefill_rows)
+    fills = math.ceil(questions * config.rollout.group_size / config.rollout.slots)
+    return fills, math.ceil(questions / config.rollout.prefill_rows)

@@ -205,7 +205,7 @@ def advice(plan: Plan) -> list[str]:
             "for the train step: fewer batch.rows (a multiple of the data axes), model.remat, a smaller "
             "model.logprob_chunk_tokens, or mesh.sequence"
         )
-    if set(large) & {"reshard", "prefill", "decode"}:
+    if set(large) & {"reshard", "prefill", "enter", "decode"}:
         words.append(
             f"for rollouts: fewer rollout.slots (the KV cache holds {gib(held['KV cache'])} GiB), a smaller "
             "rollout.prefill_rows, or another mesh.rollout_rules"

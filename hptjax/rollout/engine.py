@@ -1,33 +1,36 @@
 """The sampler: a list of requests in, a list of samples out, a fixed number of compiled programs in between.
 
-One wave of `slots` requests:
+Continuous batching: `slots` rows decode together, up to `tokens_per_call` tokens per call to the device. Between calls
+the samples that are done leave and waiting ones enter.
 
-    begin      settings and ids to the device, one random key per sample
-    insert     prefill each different context once, copy its cache row to the slots that asked for it (one per bucket)
-    decode     up to tokens_per_call tokens for every slot, ended early when all rows are done; called until they are
-    read       tokens and log-probs come to the host together, once
+    prefill    each different context once, as many at a time as the program has rows; kept while somebody waits for it
+    enter      copies of prefilled rows, with settings and ids, to the slots that are free
+    decode     up to tokens_per_call tokens for every slot
+    read       what that call sampled, one small array
 
 Nothing that differs between requests is compiled in; only the path with top-k/top-p is a second compilation.
 The engine speaks to a policy through three functions and never sees a model:
 
-    prefill(params, tokens [R P], lengths [R]) -> (hidden [R P D], cache), the cache of the engine's own capacity
+    prefill(params, tokens [R P], lengths [R]) -> (hidden [R P D], cache of R rows and P positions)
     decode_step(params, cache, tokens [S], lengths [S]) -> (hidden [S D], cache): the token enters at lengths[s]
     unembedding(params) -> [D V]
 
-A cache is a pytree whose every array has its rows on axis 1 (layers on axis 0).
+A cache is a pytree whose every array has its rows on axis 1 and its positions on axis 2 (layers on axis 0).
 """
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from hptjax.records import Request, Sample
-from hptjax.rollout import waves
+from hptjax.rollout.admission import entry_table, plan_prefills
 from hptjax.rollout.programs import DecodeStep, Prefill, RolloutShardings, Unembedding, make_programs
+from hptjax.rollout.requests import DecodeShape, check_requests, finished_sample, needs_sampling, truncates
+from hptjax.rollout.seats import Completion, Seats
 from hptjax.sharding.host import to_host
 from hptjax.types import Array, Params
 
@@ -54,27 +57,29 @@ def make_engine(
     max_stop_ids: int = 8,
     shardings: RolloutShardings | None = None,
 ) -> Engine:
-    """Returns `sample(params, requests, key, *, should_stop=never, on_wave=None) -> list[Sample]`.
+    """Returns `sample(params, requests, key, *, should_stop=never, on_finished=None) -> list[Sample]`.
 
     The samples come in request order. A sample follows from its request, `params`, `key` and the compiled shape,
-    which it carries as `decode_shape`; the other requests, its slot, its wave and the number of calls do not enter.
+    which it carries as `decode_shape`; the other requests, its slot, when it entered and the number of calls do not
+    enter.
 
       params: whatever the three functions take. key: one random key for the whole run; samples differ by their id.
-      should_stop: asked before every call to the device; once true, only the samples of finished waves are returned
+      should_stop: asked before every prefill and decode call; once true, only the samples that are done are returned
         (keep them by sample id and ask for the rest later). On several processes it must answer alike on all.
-      on_wave: called with the samples of each finished wave; those that need no sampling come first.
+      on_finished: called with the samples that a call has finished, in request order; those that need no sampling come
+        first.
 
     Args
       prefill, decode_step, unembedding: the policy, see the module's docstring.
       slots, prompt_buckets, cache_capacity, tokens_per_call, prefill_rows, max_stop_ids: compiled sizes, see
-        `waves.DecodeShape`. prefill_rows: None is the number of slots.
+        `requests.DecodeShape`. prefill_rows: None is the number of slots.
       pad_id: token of empty places.
       shardings: None is one device.
 
     Raises ValueError for sizes that cannot work (here) and for requests that cannot be sampled (from `sample`, before
-    anything runs; see `waves.check_requests`). FloatingPointError from `sample` where the policy has diverged.
+    anything runs; see `requests.check_requests`). FloatingPointError from `sample` where the policy has diverged.
     """
-    shape = waves.DecodeShape(
+    shape = DecodeShape(
         vocab_size=vocab_size,
         slots=slots,
         prefill_rows=slots if prefill_rows is None else prefill_rows,
@@ -90,26 +95,53 @@ def make_engine(
         shape, prefill=prefill, decode_step=decode_step, unembedding=unembedding, shardings=shardings
     )
 
-    def run_wave(params: Params, cache: Any, wave: Sequence[Request], key: Array, should_stop: Callable[[], bool]):
-        """(cache, host arrays), or (cache, None) where it was stopped."""
-        rows = waves.wave_rows(wave, shape, pad_id)
-        settings, progress = programs.begin(key, vars(rows))
-        for call in waves.plan_prefills(wave, shape, pad_id):
-            if should_stop():
-                return cache, None
-            cache = programs.insert(params, cache, call.tokens, call.lengths, call.row_of_slot)
-        truncated = waves.truncates(wave[0])  # one path per wave, see plan_waves
-        calls = math.ceil(int(rows.new_tokens.max()) / tokens_per_call)
-        unread = None
-        for _ in range(calls):
-            if should_stop():
-                return cache, None
-            cache, progress, busy = programs.decode(params, cache, progress, settings, truncated=truncated)
-            # the flag is read one call late, so the device never waits for the host; a call too many ends at once
-            if unread is not None and not to_host(unread):
-                break
-            unread = busy
-        return cache, to_host(programs.read(progress))
+    def run(
+        params: Params,
+        requests: Sequence[Request],
+        places: Sequence[int],
+        key: Array,
+        should_stop: Callable[[], bool],
+        keep: Callable[[Sequence[Completion]], None],
+    ) -> bool:
+        """Samples the requests at `places`, which share a compiled path; False if it was stopped before the end."""
+        truncated = truncates(requests[places[0]])
+        seats, calls = Seats(shape), deque(plan_prefills(requests, places, shape, pad_id))
+        waiting: deque[tuple[int, int]] = deque()  # place and row of those whose context is in `rows`
+        rows: Any = None
+        cache, settings, progress = programs.empty(params)
+        unread: deque[Array] = deque()
+
+        def admit() -> bool:
+            nonlocal cache, settings, progress, rows
+            while (free := seats.free()) and (waiting or calls):
+                if not waiting:
+                    if should_stop():
+                        return False
+                    call = calls.popleft()
+                    rows = programs.prefill(params, call.tokens, call.lengths)
+                    waiting.extend(call.entries)
+                entering = {slot: waiting.popleft() for slot in free[: len(waiting)]}
+                entries = entry_table({s: (requests[p], row) for s, (p, row) in entering.items()}, shape)
+                cache, settings, progress = programs.enter(cache, settings, progress, rows, entries)
+                seats.enter({slot: place for slot, (place, _) in entering.items()}, requests)
+                rows = rows if waiting else None
+            return True
+
+        going = True
+        while going:
+            going = admit()
+            wanted = int(seats.wanted.max()) - tokens_per_call * len(unread)
+            if going and wanted > 0 and (going := not should_stop()):
+                cache, progress, report = programs.decode(params, key, cache, settings, progress, truncated=truncated)
+                unread.append(report)
+            elif not unread:
+                return going
+            # A call is read before the next goes out only where somebody waits for the slots that it may have set free;
+            # else the device never waits for the host.
+            ahead = 0 if waiting or calls or wanted <= 0 or not going else 1
+            while len(unread) > ahead:
+                keep(seats.take(to_host(unread.popleft())))
+        return False
 
     def sample(
         params: Params,
@@ -117,31 +149,24 @@ def make_engine(
         key: Array,
         *,
         should_stop: Callable[[], bool] = never,
-        on_wave: Callable[[list[Sample]], None] | None = None,
+        on_finished: Callable[[list[Sample]], None] | None = None,
     ) -> list[Sample]:
-        waves.check_requests(requests, shape)
+        check_requests(requests, shape)
         samples: dict[int, Sample] = {}
 
-        def keep(places: Sequence[int], completions: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-            finished = {
-                place: waves.finished_sample(requests[place], tokens, logprobs, shape)
-                for place, (tokens, logprobs) in zip(places, completions, strict=True)
-            }
-            samples.update(finished)
-            if finished and on_wave is not None:
-                on_wave([finished[place] for place in sorted(finished)])
+        def keep(completions: Sequence[Completion]) -> None:
+            finished = [finished_sample(requests[p], tokens, logprobs, shape) for p, tokens, logprobs in completions]
+            samples.update(zip((done.place for done in completions), finished, strict=True))
+            if finished and on_finished is not None:
+                on_finished(finished)
 
         nothing = (np.zeros(0, np.int32), np.zeros(0, np.float32))
-        forced = [place for place, request in enumerate(requests) if not waves.needs_sampling(request)]
-        keep(forced, [nothing] * len(forced))
-        cache = None
-        for places in waves.plan_waves(requests, shape):
-            cache = programs.empty_cache(params) if cache is None else cache
-            cache, result = run_wave(params, cache, [requests[place] for place in places], key, should_stop)
-            if result is None:
+        asked = range(len(requests))
+        keep([Completion(place, *nothing) for place in asked if not needs_sampling(requests[place])])
+        for path in (False, True):  # never together, so that each runs the path that its own settings ask for
+            places = [p for p in asked if needs_sampling(requests[p]) and truncates(requests[p]) == path]
+            if places and not run(params, requests, places, key, should_stop, keep):
                 break
-            counts, tokens, logprobs = result
-            keep(places, [(tokens[slot, :n], logprobs[slot, :n]) for slot, n in enumerate(counts[: len(places)])])
         return [samples[place] for place in sorted(samples)]
 
     return sample

@@ -1,10 +1,9 @@
 """The sampler's compiled programs: what runs on the device, a fixed number of times compiled.
 
-    empty_cache  room for every slot
-    begin        settings and ids to the device, one random key per sample
-    insert       prefill contexts, copy their cache rows to the slots that asked for them (one program per bucket)
-    decode       up to tokens_per_call tokens for every slot, ended early when all rows are done
-    read         what the host wants of a finished wave
+    empty    a cache and slots that hold nobody
+    prefill  contexts to rows of a cache (one program per bucket)
+    enter    prefilled rows to the slots that asked for them, with the settings of their samples (one per bucket)
+    decode   up to tokens_per_call tokens for every slot, ended early when all rows are done
 
 Nothing that differs between requests is compiled in; only the path with top-k/top-p is a second compilation of decode.
 """
@@ -18,12 +17,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Bool, Float, Int
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float, Int, UInt32
 
-from hptjax.rollout import sampling, waves
+from hptjax.rollout import sampling
+from hptjax.rollout.admission import FIELDS, NO_ROW
+from hptjax.rollout.requests import DecodeShape
 from hptjax.types import Array, Params
 
-ROW_AXIS = 1  # of every array in a cache
+ROW_AXIS, POSITION_AXIS = 1, 2  # of every array in a cache
 
 Prefill = Callable[..., tuple[Array, Any]]
 DecodeStep = Callable[..., tuple[Array, Any]]
@@ -46,11 +48,15 @@ class RolloutShardings:
 
 @struct.dataclass
 class Settings:
-    """What a wave's slots keep from the first token to the last."""
+    """What a slot keeps from its sample's first token to the last.
 
-    keys: Array
-    prefix_lens: Int[Array, " S"]
-    new_tokens: Int[Array, " S"]
+    Args
+      ids: question, round, index of the sample, int32 values seen as uint32. limit: tokens of the completion, forced
+        prefix included.
+    """
+
+    ids: UInt32[Array, "S 3"]
+    limit: Int[Array, " S"]
     temperature: Float[Array, " S"]
     top_k: Int[Array, " S"]
     top_p: Float[Array, " S"]
@@ -63,127 +69,185 @@ class Progress:
 
     Args
       token, position: the last token of each row, not yet in the cache, and the place where it will enter.
+      written: tokens of the completion so far, forced prefix included.
       active: rows that want another token.
-      counts: tokens sampled by each row. A wave's rows start together, so those still active have the same count.
-      tokens, logprobs: the sampled tokens; of no meaning past a row's count.
     """
 
     token: Int[Array, " S"]
     position: Int[Array, " S"]
+    written: Int[Array, " S"]
     active: Bool[Array, " S"]
-    counts: Int[Array, " S"]
-    tokens: Int[Array, "S N"]
-    logprobs: Float[Array, "S N"]
 
 
 class Programs(NamedTuple):
-    """The programs of one decode shape; what each does is said in the module's docstring."""
+    """The programs of one decode shape; what each does is said in the module's docstring.
 
-    empty_cache: Callable[[Params], Any]
-    begin: Callable[[Array, dict[str, Array]], tuple[Settings, Progress]]
-    insert: Callable[..., Any]
+    empty(params) -> (cache, settings, progress)
+    prefill(params, tokens [R P], lengths [R]) -> rows: a cache of R rows and P positions
+    enter(cache, settings, progress, rows, entries [S F]) -> (cache, settings, progress)
+    decode(params, key, cache, settings, progress, *, truncated) -> (cache, progress, report [S, 2 K + 2])
+    """
+
+    empty: Callable[[Params], tuple[Any, Settings, Progress]]
+    prefill: Callable[..., Any]
+    enter: Callable[..., tuple[Any, Settings, Progress]]
     decode: Callable[..., tuple[Any, Progress, Array]]
-    read: Callable[[Progress], tuple[Array, Array, Array]]
 
 
 def make_programs(
-    shape: waves.DecodeShape,
+    shape: DecodeShape,
     *,
     prefill: Prefill,
     decode_step: DecodeStep,
     unembedding: Unembedding,
     shardings: RolloutShardings | None,
 ) -> Programs:
-    """The programs of a decode shape, compiled when they are first called; the caches they are given are donated."""
+    """The programs of a decode shape, compiled when they are first called; cache and progress they are given are
+    donated, and so are the settings to `enter`."""
 
-    def empty_cache(params: Params) -> Any:
+    def empty(params: Params) -> tuple[Any, Settings, Progress]:
         tokens = jax.ShapeDtypeStruct((shape.slots, shape.prompt_buckets[0]), jnp.int32)
         lengths = jax.ShapeDtypeStruct((shape.slots,), jnp.int32)
-        _, cache = jax.eval_shape(prefill, params, tokens, lengths)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)
+        _, rows = jax.eval_shape(prefill, params, tokens, lengths)
 
-    def begin(key: Array, rows: dict[str, Array]) -> tuple[Settings, Progress]:
+        def room(leaf: jax.ShapeDtypeStruct) -> Array:
+            sizes = (*leaf.shape[:POSITION_AXIS], shape.cache_capacity, *leaf.shape[POSITION_AXIS + 1 :])
+            return jnp.zeros(sizes, leaf.dtype)
+
+        whole = jnp.zeros(shape.slots, jnp.int32)
         settings = Settings(
-            keys=sampling.sample_keys(key, rows["ids"]),
-            **{field: rows[field] for field in ("prefix_lens", "new_tokens", "temperature", "top_k", "top_p")},
-            stop_ids=rows["stop_ids"],
+            ids=jnp.zeros((shape.slots, 3), jnp.uint32),
+            limit=whole,
+            temperature=jnp.ones(shape.slots, jnp.float32),
+            top_k=whole,
+            top_p=jnp.ones(shape.slots, jnp.float32),
+            stop_ids=jnp.zeros((shape.slots, shape.max_stop_ids), jnp.int32),
         )
-        progress = Progress(
-            token=rows["last_token"],
-            position=rows["last_position"],
-            active=rows["new_tokens"] > 0,
-            counts=jnp.zeros(shape.slots, jnp.int32),
-            tokens=jnp.zeros((shape.slots, shape.cache_capacity), jnp.int32),
-            logprobs=jnp.zeros((shape.slots, shape.cache_capacity), jnp.float32),
-        )
-        return settings, progress
+        progress = Progress(token=whole, position=whole, written=whole, active=jnp.zeros(shape.slots, bool))
+        return jax.tree.map(room, rows), settings, progress
 
-    def insert(params: Params, cache: Any, tokens: Array, lengths: Array, row_of_slot: Array) -> Any:
-        _, fresh = prefill(params, tokens, lengths)
-
-        def copy_rows(kept: Array, prefilled: Array) -> Array:
-            asked = (row_of_slot != waves.NO_ROW).reshape((1, shape.slots) + (1,) * (kept.ndim - 2))
-            copies = jnp.take(prefilled, row_of_slot, axis=ROW_AXIS, mode="clip")
-            return jnp.where(asked, copies, kept)  # whole rows, so nothing of the slot's last tenant is left
-
-        return jax.tree.map(copy_rows, cache, fresh)
-
-    def read(progress: Progress) -> tuple[Array, Array, Array]:
-        return progress.counts, progress.tokens, progress.logprobs
+    def prefilled(params: Params, tokens: Array, lengths: Array) -> Any:
+        return prefill(params, tokens, lengths)[1]
 
     placed = shardings or RolloutShardings(rows=None, cache=None, replicated=None)
+    slots = (placed.cache, placed.rows, placed.rows)
     return Programs(
-        empty_cache=jax.jit(empty_cache, out_shardings=placed.cache),
-        begin=jax.jit(begin, out_shardings=placed.rows),
-        insert=jax.jit(insert, out_shardings=placed.cache, donate_argnames="cache"),
+        empty=jax.jit(empty, out_shardings=slots),
+        prefill=jax.jit(prefilled, out_shardings=rows_shardings(placed.cache)),
+        enter=jax.jit(_enter, out_shardings=slots, donate_argnames=("cache", "settings", "progress")),
         decode=jax.jit(
             _make_decode(shape, decode_step, unembedding),
             out_shardings=(placed.cache, placed.rows, placed.replicated),
             donate_argnames=("cache", "progress"),
             static_argnames="truncated",
         ),
-        read=jax.jit(read, out_shardings=placed.replicated),
     )
 
 
-def _make_decode(shape: waves.DecodeShape, decode_step: DecodeStep, unembedding: Unembedding) -> Callable[..., Any]:
-    """Up to `tokens_per_call` more tokens for every slot: (cache, progress, whether any row wants another token)."""
+def rows_shardings(cache: Any) -> Any:
+    """Where prefilled rows live: as the cache does, but with their positions uncut, which need not divide."""
+
+    def whole(place: NamedSharding) -> NamedSharding:
+        axes = (*place.spec, *[None] * (POSITION_AXIS + 1 - len(place.spec)))
+        spec = PartitionSpec(*axes[:POSITION_AXIS], None, *axes[POSITION_AXIS + 1 :])
+        return NamedSharding(place.mesh, spec)
+
+    return jax.tree.map(whole, cache)
+
+
+def _enter(
+    cache: Any, settings: Settings, progress: Progress, rows: Any, entries: Int[Array, "S F"]
+) -> tuple[Any, Settings, Progress]:
+    """The slots named in `entries` hold their new samples; the others are as they were."""
+    column = {name: entries[:, place] for place, name in enumerate(FIELDS)}
+    entered = column["row"] != NO_ROW
+
+    def copy_row(turn: Array, kept: Any) -> Any:
+        slot = column["turn"][turn]
+        row = column["row"][slot]
+
+        def copy(cached: Array, prefilled: Array) -> Array:
+            one = jax.lax.dynamic_index_in_dim(prefilled, row, axis=ROW_AXIS)
+            room = [(0, 0)] * one.ndim
+            room[POSITION_AXIS] = (0, cached.shape[POSITION_AXIS] - one.shape[POSITION_AXIS])
+            # whole rows, so nothing of the slot's last tenant is left
+            return jax.lax.dynamic_update_index_in_dim(cached, jnp.pad(one, room), slot, axis=ROW_AXIS)
+
+        return jax.tree.map(copy, kept, rows)
+
+    def changed(old: Array, new: Array) -> Array:
+        return jnp.where(entered if old.ndim == 1 else entered[:, None], new, old)
+
+    def real(name: str) -> Array:
+        return jax.lax.bitcast_convert_type(column[name], jnp.float32)
+
+    ids = jnp.stack([column[name] for name in ("question", "round", "index")], axis=1)
+    cache = jax.lax.fori_loop(0, jnp.sum(entered, dtype=jnp.int32), copy_row, cache)
+    new_settings = Settings(
+        ids=jax.lax.bitcast_convert_type(ids, jnp.uint32),
+        limit=column["prefix_len"] + column["new_tokens"],
+        temperature=real("temperature"),
+        top_k=column["top_k"],
+        top_p=real("top_p"),
+        stop_ids=entries[:, len(FIELDS) :],
+    )
+    new_progress = Progress(
+        token=column["last_token"],
+        position=column["last_position"],
+        written=column["prefix_len"],
+        active=column["new_tokens"] > 0,
+    )
+    return cache, jax.tree.map(changed, settings, new_settings), jax.tree.map(changed, progress, new_progress)
+
+
+def _make_decode(shape: DecodeShape, decode_step: DecodeStep, unembedding: Unembedding) -> Callable[..., Any]:
+    """Up to K = `tokens_per_call` more tokens for every slot: (cache, progress, report).
+
+    The report [S, 2 K + 2] int32 is all that the host reads, in one transfer: K tokens, the bits of K log-probs, how
+    many of both are meant, and whether the row wants more.
+    """
 
     def decode(
-        params: Params, cache: Any, progress: Progress, settings: Settings, *, truncated: bool
+        params: Params, key: Array, cache: Any, settings: Settings, progress: Progress, *, truncated: bool
     ) -> tuple[Any, Progress, Array]:
         head = unembedding(params)
         if head.shape[1] != shape.vocab_size:
             raise ValueError(f"vocab_size {shape.vocab_size}: the policy's unembedding has {head.shape[1]} columns")
-        call_end = jnp.max(progress.counts) + shape.tokens_per_call
+        keys = sampling.sample_keys(key, settings.ids)
+        sizes = (shape.slots, shape.tokens_per_call)
 
-        def wants_more(carry: tuple[Any, Progress]) -> Array:
-            _, now = carry
-            return jnp.any(now.active & (now.counts < call_end))
+        def wants_more(carry: tuple[Array, Any, Progress, Array, Array]) -> Array:
+            step, _, now, _, _ = carry
+            return jnp.any(now.active) & (step < shape.tokens_per_call)
 
-        def next_token(carry: tuple[Any, Progress]) -> tuple[Any, Progress]:
-            cache, now = carry
-            hidden, cache = decode_step(params, cache, now.token, now.position)
+        def next_token(carry: tuple[Array, Any, Progress, Array, Array]) -> tuple[Array, Any, Progress, Array, Array]:
+            step, cache, now, tokens, logprobs = carry
+            # a row that is done reads nothing and writes where its own slot begins, which nobody reads any more
+            hidden, cache = decode_step(params, cache, now.token, jnp.where(now.active, now.position, 0))
             scaled = sampling.scaled_logits(hidden, head, settings.temperature)
-            noise = sampling.token_noise(settings.keys, settings.prefix_lens + now.counts, shape.vocab_size)
+            noise = sampling.token_noise(keys, now.written, shape.vocab_size)
             if truncated:
                 token = sampling.choose_truncated(scaled, noise, settings.top_k, settings.top_p)
             else:
                 token = sampling.choose(scaled, noise)
             logprob = sampling.chosen_logprobs(scaled, token)
-            counts = now.counts + now.active.astype(jnp.int32)
-            column = (jnp.int32(0), jnp.max(now.counts))
-            done = sampling.is_stop(token, settings.stop_ids) | (counts >= settings.new_tokens)
-            return cache, Progress(
+            took = now.active.astype(jnp.int32)
+            done = sampling.is_stop(token, settings.stop_ids) | (now.written + took >= settings.limit)
+            column = (jnp.int32(0), step)
+            progress = Progress(
                 token=jnp.where(now.active, token, now.token),
-                position=now.position + now.active.astype(jnp.int32),
+                position=now.position + took,
+                written=now.written + took,
                 active=now.active & ~done,
-                counts=counts,
-                tokens=jax.lax.dynamic_update_slice(now.tokens, token[:, None], column),
-                logprobs=jax.lax.dynamic_update_slice(now.logprobs, logprob[:, None], column),
             )
+            tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], column)
+            logprobs = jax.lax.dynamic_update_slice(logprobs, logprob[:, None], column)
+            return step + 1, cache, progress, tokens, logprobs
 
-        cache, progress = jax.lax.while_loop(wants_more, next_token, (cache, progress))
-        return cache, progress, jnp.any(progress.active)
+        start = (jnp.int32(0), cache, progress, jnp.zeros(sizes, jnp.int32), jnp.zeros(sizes, jnp.float32))
+        _, cache, after, tokens, logprobs = jax.lax.while_loop(wants_more, next_token, start)
+        counts = (after.written - progress.written)[:, None]
+        bits = jax.lax.bitcast_convert_type(logprobs, jnp.int32)
+        return cache, after, jnp.concatenate([tokens, bits, counts, after.active.astype(jnp.int32)[:, None]], axis=1)
 
     return decode

@@ -22,7 +22,7 @@ from hptjax.train.open_step import OpenStep
 from hptjax.types import Params
 
 SampleRollouts = Callable[..., list[Sample]]
-"""(params, requests, *, should_stop, on_wave) -> samples; shorter than the requests only if it was told to stop."""
+"""(params, requests, *, should_stop, on_finished) -> samples; shorter than the requests only if it was told to stop."""
 
 Assemble = Callable[..., Update]
 """Live samples, the ids that carry no weight, the step's `Routed` and the steps done before it -> one packed update.
@@ -72,7 +72,7 @@ def roll_out(
     def keep(samples: Sequence[Sample]) -> None:
         step.samples.update({entry.sample_id: entry for entry in samples})
 
-    keep(sample(params, missing, should_stop=should_stop, on_wave=keep))
+    keep(sample(params, missing, should_stop=should_stop, on_finished=keep))
     return all(request.sample_id in step.samples for request in missing)
 
 

@@ -1,7 +1,4 @@
-"""The host side of rollout: which requests share a wave, and the fixed-shape arrays that a wave sends to the device.
-
-A wave fills up to `slots` places of the compiled decode shape. What shares a wave is a matter of speed only: prefill
-bucket, noise and compiled path of a sample follow from its own request (contract 4).
+"""What the sampler is asked for and what it gives back: compiled sizes, checks of requests, finished samples.
 
 Dims: S slots, R prefill rows, P prompt bucket, W stop ids of a slot.
 """
@@ -9,15 +6,13 @@ Dims: S slots, R prefill rows, P prompt bucket, W stop ids of a slot.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int, Int32, UInt32
+from jaxtyping import Float, Int
 
 from hptjax.records import FinishReason, Request, Sample, Source
 from hptjax.types import Array
-
-NO_ROW = -1  # a slot that a prefill call leaves alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,36 +65,6 @@ class DecodeShape:
         )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prefill:
-    """One prefill call: R contexts, and for each slot the row it copies (NO_ROW: the slot keeps what it has)."""
-
-    tokens: Int32[np.ndarray, "R P"]
-    lengths: Int32[np.ndarray, " R"]
-    row_of_slot: Int32[np.ndarray, " S"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class WaveRows:
-    """What the slots of one wave need, as arrays, so that no setting is compiled in. Empty slots have new_tokens 0.
-
-    Args
-      ids: question, round, index of each sample as uint32 (see sampling.sample_keys).
-      last_token, last_position: the final token of the context and its place in the cache.
-      prefix_lens: completion position of the first sampled token. new_tokens: how many may be sampled.
-    """
-
-    ids: UInt32[np.ndarray, "S 3"]
-    last_token: Int32[np.ndarray, " S"]
-    last_position: Int32[np.ndarray, " S"]
-    prefix_lens: Int32[np.ndarray, " S"]
-    new_tokens: Int32[np.ndarray, " S"]
-    temperature: Float[np.ndarray, " S"]
-    top_k: Int32[np.ndarray, " S"]
-    top_p: Float[np.ndarray, " S"]
-    stop_ids: Int32[np.ndarray, "S W"]
-
-
 def truncates(request: Request) -> bool:
     """True where top-k or top-p cut the distribution: these requests run the path that sorts."""
     return request.top_k > 0 or request.top_p < 1.0
@@ -109,6 +74,11 @@ def needs_sampling(request: Request) -> bool:
     """False where the forced prefix is the whole completion: as long as the limit, or ended by a stop id."""
     prefix = request.prefix_tokens
     return len(prefix) < request.max_completion_tokens and not (len(prefix) and int(prefix[-1]) in request.stop_ids)
+
+
+def new_tokens(request: Request) -> int:
+    """How many tokens may be sampled: the limit, less the forced prefix."""
+    return request.max_completion_tokens - len(request.prefix_tokens)
 
 
 def context_of(request: Request) -> Int[np.ndarray, " c"]:
@@ -169,75 +139,6 @@ def _problem(request: Request, shape: DecodeShape) -> str | None:
         if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab):
             return f"tokens from {tokens.min()} to {tokens.max()}; expected each in [0, {vocab}): wrong tokenizer?"
     return None
-
-
-def plan_waves(requests: Sequence[Request], shape: DecodeShape) -> Iterator[list[int]]:
-    """Places in `requests`, at most `slots` at a time, in an order that follows from the requests alone.
-
-    Requests that truncate never share a wave with plain ones, so each runs the path that its own settings ask for.
-    Then by bucket and limit, so that a wave's rows end together, then by id, so that a group shares its prefill.
-    """
-
-    def order(place: int):
-        request = requests[place]
-        bucket = shape.bucket(len(request.prompt_tokens) + len(request.prefix_tokens))
-        limit = request.max_completion_tokens - len(request.prefix_tokens)
-        return bucket, limit, request.sample_id
-
-    ordered = sorted((place for place in range(len(requests)) if needs_sampling(requests[place])), key=order)
-    for path in (False, True):
-        places = [place for place in ordered if truncates(requests[place]) == path]
-        for start in range(0, len(places), shape.slots):
-            yield places[start : start + shape.slots]
-
-
-def plan_prefills(wave: Sequence[Request], shape: DecodeShape, pad_id: int) -> Iterator[Prefill]:
-    """The prefill calls of a wave: each different context once, in the bucket of its own length."""
-    slots_of_context: dict[int, dict[bytes, list[int]]] = {}
-    contexts = [context_of(request) for request in wave]
-    for slot, context in enumerate(contexts):
-        in_bucket = slots_of_context.setdefault(shape.bucket(len(context)), {})
-        in_bucket.setdefault(context.tobytes(), []).append(slot)
-    for bucket in sorted(slots_of_context):
-        groups = list(slots_of_context[bucket].values())
-        for start in range(0, len(groups), shape.prefill_rows):
-            tokens = np.full((shape.prefill_rows, bucket), pad_id, np.int32)
-            lengths = np.ones(shape.prefill_rows, np.int32)  # an unused row is one pad token: its attention is defined
-            row_of_slot = np.full(shape.slots, NO_ROW, np.int32)
-            for row, slots in enumerate(groups[start : start + shape.prefill_rows]):
-                context = contexts[slots[0]]
-                tokens[row, : len(context)] = context
-                lengths[row] = len(context)
-                row_of_slot[slots] = row
-            yield Prefill(tokens, lengths, row_of_slot)
-
-
-def wave_rows(wave: Sequence[Request], shape: DecodeShape, pad_id: int) -> WaveRows:
-    """The wave's requests as arrays over the slots; slots past the last request are empty."""
-    slots = shape.slots
-    rows = WaveRows(
-        ids=np.zeros((slots, 3), np.uint32),
-        last_token=np.full(slots, pad_id, np.int32),
-        last_position=np.zeros(slots, np.int32),
-        prefix_lens=np.zeros(slots, np.int32),
-        new_tokens=np.zeros(slots, np.int32),
-        temperature=np.ones(slots, np.float32),
-        top_k=np.zeros(slots, np.int32),
-        top_p=np.ones(slots, np.float32),
-        stop_ids=np.full((slots, shape.max_stop_ids), -1, np.int32),
-    )
-    for slot, request in enumerate(wave):
-        prompt, prefix = request.prompt_tokens, request.prefix_tokens
-        rows.ids[slot] = np.array(request.sample_id, np.int32).view(np.uint32)
-        rows.last_token[slot] = prefix[-1] if len(prefix) else prompt[-1]
-        rows.last_position[slot] = len(prompt) + len(prefix) - 1
-        rows.prefix_lens[slot] = len(prefix)
-        rows.new_tokens[slot] = request.max_completion_tokens - len(prefix)
-        rows.temperature[slot] = request.temperature
-        rows.top_k[slot] = request.top_k
-        rows.top_p[slot] = request.top_p
-        rows.stop_ids[slot, : len(request.stop_ids)] = sorted(request.stop_ids)
-    return rows
 
 
 def finished_sample(
