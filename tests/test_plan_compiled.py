@@ -153,13 +153,26 @@ def test_plan_holds_what_the_shardings_say(plan):
     state = sum(plan.held[name] for name in ("parameters", "optimizer", "accumulator", "counters and checks"))
     train = plan.programs["train step"].compiled
     assert train.argument_bytes == pytest.approx(state + plan.held["micro-batch"], rel=0.01)
-    assert plan.programs["decode"].resident_bytes == pytest.approx(state, rel=1e-6)
+    assert plan.held["prefilled prompts"] == 2 * 2 * 8 * 24 * 2 * 64 * 4 / 8  # [L rows bucket K E] twice
+    for name, beside in (("decode", "prefilled prompts"), ("prefill", "KV cache")):
+        assert plan.programs[name].resident_bytes == pytest.approx(state + plan.held[beside], rel=1e-6)
 
 
 def test_plan_prints_every_program_and_fits(plan):
     text = io.StringIO()
     print_plan(plan, text)
-    for word in ("train step", "score", "reshard", "prefill", "decode", "optimizer", "KV cache", "FITS", "estimated"):
+    for word in (
+        "train step",
+        "score",
+        "reshard",
+        "prefill",
+        "enter",
+        "decode",
+        "optimizer",
+        "KV cache",
+        "FITS",
+        "estimated",
+    ):
         assert word in text.getvalue()
     values = json.loads(to_json([plan]))[0]
     assert values["fits"]
@@ -341,7 +354,7 @@ LIBTPU = importlib.util.find_spec("libtpu") is not None
 @pytest.mark.parametrize(
     ("topology", "only"),
     [
-        ("v5e:2x2", ("score", "prefill", "decode")),
+        ("v5e:2x2", ("score", "prefill", "enter", "decode")),
         pytest.param("v5p:2x2x1", ("train step", "score"), marks=pytest.mark.slow),
         pytest.param("2xv6e:2x2", None, marks=pytest.mark.slow),
     ],
@@ -398,7 +411,7 @@ def test_plan_search_compiles_the_best_and_plans_the_first(eight_devices, monkey
     printed = capsys.readouterr().out
     assert "these were compiled" in printed
     assert plan.step is not None
-    assert set(plan.programs) >= {"train step", "score", "prefill", "decode"}
+    assert set(plan.programs) >= {"train step", "score", "prefill", "enter", "decode"}
 
 
 @pytest.mark.slow
