@@ -6,6 +6,7 @@
 # make compare      ten methods, five seeds, equal budgets; in the background, and on where it was stopped
 # make base-model   trains the base model that the repository ships
 # make base-model-longer   the same training carried on: the teacher and author in the examples of `hptjax methods`
+# make bench-peers  hptjax beside TRL, transformers, tunix and hand-written references, in one run; PEER_BENCH=folder of the harness
 # make lint         ruff and mypy
 # make plan-1.5b    what HPT on a 1.5B model does on 16 v5e chips that need not be there (installs libtpu into .venv-tpu)
 # make plan-all     the same for 1.5B, 7B and 8B on v5e, v5p, v6e and two slices
@@ -26,7 +27,7 @@ ifeq ($(filter $(ACCEL),cpu cuda13 tpu),)
 $(error expected ACCEL to be cpu, cuda13 or tpu, got '$(ACCEL)')
 endif
 
-.PHONY: compare plan-1.5b plan-all quickstart test test-full test-oracle kill-matrix base-model base-model-longer lint venv
+.PHONY: bench-peers compare plan-1.5b plan-all quickstart test test-full test-oracle kill-matrix base-model base-model-longer lint venv
 
 quickstart: $(STAMP)
 	$(BIN)/hptjax train configs/quickstart.toml
@@ -55,6 +56,20 @@ base-model: $(STAMP)
 base-model-longer: $(STAMP)
 	$(BIN)/hptjax train configs/base_model.toml --name base_model_longer --train.steps 1200 \
 	    --checkpoint.export-folder hptjax/base_model_longer
+
+PEER_BENCH ?= ../shared/bench
+PEERS ?= .peers
+PEER_SIZES ?= XS S M
+
+bench-peers: $(STAMP)
+	@test -f $(PEER_BENCH)/common.py || { echo "expected the harness (common.py) in $(PEER_BENCH); make bench-peers PEER_BENCH=folder" >&2; exit 1; }
+	@test -x $(PEERS)/A/bin/pip || python3 -m venv $(PEERS)/A
+	@test -x $(PEERS)/B/bin/pip || python3 -m venv $(PEERS)/B
+	$(PEERS)/A/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PEERS)/A/bin/pip install --quiet --disable-pip-version-check transformers==5.23.0 trl==1.16.0 accelerate==1.15.0 datasets==5.2.0 tokenizers==0.23.3
+	$(PEERS)/B/bin/pip install --quiet --disable-pip-version-check google-tunix==0.1.7
+	PEER_BENCH=$(abspath $(PEER_BENCH)) TORCH_PYTHON=$(abspath $(PEERS))/A/bin/python JAX_PYTHON=$(abspath $(PEERS))/B/bin/python \
+	    $(BIN)/python benchmarks/peers.py --out peers.jsonl --sizes $(PEER_SIZES)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check hptjax tests launch benchmarks

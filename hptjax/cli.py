@@ -27,6 +27,7 @@ from hptjax.cli_options import (
     MethodsOptions,
     PlanOptions,
     SampleOptions,
+    TrainOptions,
     UpgeOptions,
 )
 from hptjax.cli_parse import as_switch, expect_writable, parse, refuse_processes
@@ -121,11 +122,11 @@ def run(arguments: list[str]) -> int:
 
 def command_train(arguments: list[str]) -> int:
     """Trains a config."""
-    config = parse("train", arguments, lambda config: config)
-    check(config)
+    options = parse("train", as_switch(arguments, "--profile"), lambda config: TrainOptions(config=config))
+    check(options.config)
     from hptjax import build
 
-    build.train(config)
+    build.train(options.config, profile=options.profile)
     return 0
 
 

@@ -58,6 +58,14 @@ Status 0: no fault (notes allowed). 1: a fault. 2: bad usage.
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Training, evaluation and a summary; the same command takes a stopped run up again."""
+
+    profile: bool = False  # write a trace of two steps into the run folder, and print where the time went
+    config: ConfigFields = dataclasses.field(default_factory=Config)
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalOptions:
     """Pass@k of a run on its held-out questions, or any model on suites and data files, with reports."""
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +48,7 @@ def build(monkeypatch):
         return function
 
     module = types.ModuleType("hptjax.build")
+    module.__path__ = [str(Path(cli.__file__).parent / "build")]  # its modules are there for commands that ask for them
     module.train = note("train", {})
     module.evaluate = note("evaluate", {"pass@1": 0.5})
     module.sample = note("sample", ["3+4=7"])
@@ -99,7 +101,7 @@ def test_cli_help_shows_the_values_of_the_file(config_file, capsys):
 def test_cli_train_gets_the_file_with_the_overrides(config_file, build):
     status = cli.run(["train", str(config_file), "--train.steps", "50", "--telemetry.tensorboard", "false"])
     ((name, (config,), keywords),) = build
-    assert (status, name, keywords) == (0, "train", {})
+    assert (status, name, keywords) == (0, "train", {"profile": False})
     assert (config.name, config.train.steps, config.telemetry.tensorboard) == ("tiny", 50, False)
 
 
@@ -166,7 +168,7 @@ def test_cli_mistyped_option_names_the_nearest(option, words, config_file, capsy
 
 def test_cli_errors_of_others_keep_their_traceback(config_file, build, monkeypatch):
     """Only messages that hptjax wrote stand alone: an error from inside a library is a defect to be seen whole."""
-    monkeypatch.setattr("hptjax.build.train", lambda config: np.zeros(3).reshape(2, 2))
+    monkeypatch.setattr("hptjax.build.train", lambda config, profile: np.zeros(3).reshape(2, 2))
     with pytest.raises(ValueError, match="reshape"):
         cli.run(["train", str(config_file)])
 
@@ -191,8 +193,16 @@ def test_cli_traceback_on_request(monkeypatch):
         cli.run(["train", "absent.toml"])
 
 
+def test_cli_train_profile_is_a_switch(config_file, monkeypatch):
+    given = []
+    monkeypatch.setattr("hptjax.build.train", lambda config, profile: given.append(profile))
+    for words in ((), ("--profile",), ("--profile", "--train.steps", "3"), ("--train.steps", "3", "--profile")):
+        assert cli.run(["train", str(config_file), *words]) == 0
+    assert given == [False, True, True, True]
+
+
 def test_cli_interrupt_says_how_to_continue(config_file, build, monkeypatch, capsys):
-    def interrupted(config):
+    def interrupted(config, profile):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hptjax.build.train", interrupted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from hptjax.build.parts import Parts, fingerprint, open_parts
 from hptjax.build.plots import plot_run
+from hptjax.build.profile import time_table, tracing
 from hptjax.build.signals import stop_signals
 from hptjax.build.stages import build_stages, stage_list
 from hptjax.build.summary import summarise, summary_table
@@ -36,10 +38,13 @@ from hptjax.train.stage import Progress, Stage, progress_from_host
 from hptjax.train.state import Totals, check_after_resume
 
 
-def train(config: Config, *, quiet: bool = False) -> dict[str, Any]:
+def train(config: Config, *, quiet: bool = False, profile: bool = False) -> dict[str, Any]:
     """Runs a config to its end, from where its run folder stands, and returns its summary.
 
     A finished run is not run again: its summary is returned. With a larger `train.steps` it goes on where it ended.
+
+    Args
+      quiet: print nothing. profile: record a trace of two steps, and print where the time went.
 
     Raises ValueError for input that cannot be used (config, data, model, a run folder of another config or in use),
       AccumulationError when an update's evidence fails, SystemExit(0) after a clean stop on SIGTERM or Ctrl-C.
@@ -53,10 +58,10 @@ def train(config: Config, *, quiet: bool = False) -> dict[str, Any]:
         timeout_s=chosen.timeout_s,
     )
     with shared_fate(chosen.timeout_s):
-        return _train_together(config, quiet=quiet or not is_first())
+        return _train_together(config, quiet=quiet or not is_first(), profile=profile and is_first())
 
 
-def _train_together(config: Config, *, quiet: bool) -> dict[str, Any]:
+def _train_together(config: Config, *, quiet: bool, profile: bool) -> dict[str, Any]:
     """`train` in every process of the run; the first alone holds and writes the run folder, but for the checkpoints."""
     asked = {name: value for name, value in resolved(config).items() if name != "distributed"}
     check_same(asked, "the config", "start every process with the same file and options")
@@ -77,9 +82,11 @@ def _train_together(config: Config, *, quiet: bool) -> dict[str, Any]:
             return summary
         with open_parts(config) as parts, stop_signals() as should_stop:
             check_same(fingerprint(parts), "the model folder and tokenizer", "give every process the same files")
-            summary = _train(parts, folder, should_stop, quiet=quiet)
+            summary = _train(parts, folder, should_stop, quiet=quiet, profile=profile)
     if not quiet:
         print(summary_table(summary))
+    if profile:
+        print(time_table(read_rows(folder / "metrics.jsonl")))
     return summary
 
 
@@ -92,7 +99,9 @@ def _summary_of_finished(config: Config, folder: Path) -> dict[str, Any] | None:
     return summary if summary["steps"] == sum(stage.steps for stage in stage_list(config)) else None
 
 
-def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet: bool) -> dict[str, Any]:
+def _train(
+    parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet: bool, profile: bool
+) -> dict[str, Any]:
     """The run from where its folder stands to its summary; every part of it stands below or in `build.world`."""
     config = parts.config
     began = time.monotonic()
@@ -138,6 +147,9 @@ def _train(parts: Parts, folder: Path, should_stop: Callable[[], bool], *, quiet
                 save=saver,
                 should_stop=should_stop,
             )
+            if profile:
+                traced = files.enter_context(tracing(folder, progress.step, telemetry.say))
+                world = dataclasses.replace(world, traced=traced)
             try:
                 state, progress = run(stages, state, progress, world, build_cadence(config))
             except Stopped:

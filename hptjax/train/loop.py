@@ -9,10 +9,12 @@ any `should_stop`, saves where it stands, and taken up again it ends with the sa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+
+import jax
 
 from hptjax.diagnostics.metrics import merge
 from hptjax.hpt.assemble import Update
@@ -51,10 +53,13 @@ def run(
     """
     if progress.evaluated < 0:
         _evaluate(state, progress, world, cadence)
+    between: dict[str, float] = {}  # seconds of what is done between two steps, for the row of the next one
     while progress.stage < len(stages):
         stage = stages[progress.stage]
         while progress.stage_step < stage.steps:
-            state = _step(stage, state, progress, world, cadence)
+            with world.traced(progress.step):
+                state = _step(stage, state, progress, world, cadence, between)
+            between = {}
             progress.open_step = None
             progress.step += 1
             progress.stage_step += 1
@@ -62,7 +67,8 @@ def run(
             if at_end or progress.step in cadence.evaluate_also or _due(cadence.evaluate, progress.step):
                 _evaluate(state, progress, world, cadence)
             if _due(cadence.save, progress.step) and not at_end:
-                _save(stage, state, progress, world)
+                with _timed(between, "checkpoint"):
+                    _save(stage, state, progress, world)
         progress.stage += 1
         if progress.stage < len(stages):
             progress.stage_step = 0
@@ -109,13 +115,26 @@ def _evaluate(state: TrainState, progress: Progress, world: World, cadence: Cade
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     phase(name)
     start = time.perf_counter()
-    yield
+    with jax.profiler.TraceAnnotation(name):
+        yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cadence: Cadence) -> TrainState:
-    """One rollout batch: from its questions to its updates and its row of metrics."""
+def _step(
+    stage: Stage,
+    state: TrainState,
+    progress: Progress,
+    world: World,
+    cadence: Cadence,
+    between: Mapping[str, float],
+) -> TrainState:
+    """One rollout batch: from its questions to its updates and its row of metrics.
+
+    The row's seconds add up to the step's wall time and those `between` this step and the one before; what is in no
+    phase is "other".
+    """
     seconds: dict[str, float] = {}
+    began = time.perf_counter()
     if progress.open_step is None:
         batch = stage.stream.next_batch()
         visit = stage.first_round + batch.round
@@ -173,7 +192,8 @@ def _step(stage: Stage, state: TrainState, progress: Progress, world: World, cad
     progress.waiting = [list(entry) for entry in gated.routed.waiting]
     if stage.rolls_out:
         rows.append(visit_metrics(gated, step.questions, progress.history))
-    rows += [step.probe or {}, update_metrics(step, updates, seconds)]
+    seconds["other"] = max(time.perf_counter() - began - sum(seconds.values()), 0.0)
+    rows += [step.probe or {}, update_metrics(step, updates, {**seconds, **between})]
     for entry in step.ledger_rows:
         world.log_ledger(entry)
     world.log_rollouts(step, gated)

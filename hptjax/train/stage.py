@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,11 @@ class Stage:
     probe: Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]] | None = None
 
 
+def untraced(step: int) -> AbstractContextManager[None]:
+    """The default `World.traced`."""
+    return contextlib.nullcontext()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class World:
     """What the loop asks of everything around it."""
@@ -83,6 +90,7 @@ class World:
     evaluate: Callable[[int, Params], dict[str, Any]]
     save: Callable[..., None]  # (step, state, host, arrays, *, metric, wait)
     should_stop: Callable[[], bool]
+    traced: Callable[[int], AbstractContextManager[None]] = untraced  # around each step: a profiler, or nothing
 
 
 @dataclasses.dataclass(frozen=True)
