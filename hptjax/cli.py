@@ -207,11 +207,20 @@ def command_data(arguments: list[str]) -> int:
     return BAD_INPUT if report["problems"] else 0
 
 
+def _refuse_adapters(command: str, config: Config) -> None:
+    if config.lora.on:
+        raise ValueError(
+            f"expected a config that trains the whole model for `hptjax {command}`, which knows no adapters, got "
+            "lora.rank or lora.adapter; leave them out."
+        )
+
+
 def command_upge(arguments: list[str]) -> int:
     """Measures every row of the token table on one recorded batch."""
     options = parse("upge", arguments, lambda config: UpgeOptions(config=config))
     check(options.config)
     refuse_processes("upge", options.config)
+    _refuse_adapters("upge", options.config)
     for path, flag in ((options.batch, "--batch"), (options.json, "--json"), (options.plot, "--plot")):
         expect_writable(path, flag)
     from hptjax.upge.command import upge_command
@@ -311,6 +320,7 @@ def command_export(arguments: list[str]) -> int:
         dtype=options.dtype,
         shard_bytes=_shard_bytes(options.shard_gb),
         tokenizer=options.tokenizer,
+        as_adapter=options.adapter,
     )
     print(said)
     return 0

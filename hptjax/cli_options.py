@@ -183,6 +183,7 @@ class ExportOptions:
     dtype: SavedDtype = "bfloat16"  # of the stored weights
     shard_gb: float = 5.0  # weights that take more are cut into shards of at most so many 10^9 bytes
     tokenizer: str | None = None  # folder of the run's tokenizer, where it has moved since
+    adapter: bool = False  # of a run that trained adapters, a PEFT folder instead of the model with them merged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,7 @@ class InspectOptions:
     path: Annotated[
         pathlib.Path,
         tyro.conf.Positional,
-        tyro.conf.arg(metavar="PATH", help="a model folder, a run folder (its last checkpoint), or one checkpoint"),
+        tyro.conf.arg(metavar="PATH", help="a model folder, a PEFT adapter, a run folder or one checkpoint"),
     ]
     all: bool = False  # of a checkpoint, sums, moments and counters too
     json: bool = False  # as JSON

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from hptjax.config_lora import LoraConfig
 from hptjax.config_methods import MethodName, MethodsConfig, RolloutRow
 from hptjax.config_text import struct_list
 
@@ -73,7 +74,7 @@ class ModelConfig:
     preset: Preset | None = None  # where `model.path` is not set: a published model's shape instead of `model.shape`
     rope_theta: float | None = None  # base of the rotary wavelengths; None: that of the folder, preset or shape
     max_positions: int | None = None  # longest context, likewise; an exported folder carries both
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; what is trained stays float32
     remat: Literal["none", "full", "dots", "dots_no_batch", "attention", "offload"] = (
         "none"  # what layers keep for the backward pass, see models/remat.py; "full" keeps least and computes most
     )
@@ -82,7 +83,9 @@ class ModelConfig:
     )
     attention_block: int = 512  # side of an attention tile, and positions of a long cache read at a time
     logprob_chunk_tokens: int = 2048  # tokens whose logits exist at the same time
-    reference: str | None = "start"  # frozen model of KL terms and DPO: a folder, "start" (this run's), None: no model
+    reference: str | None = (
+        "start"  # frozen model of KL terms and DPO: "start" (this run's), "base" (without adapters), a folder, None
+    )
     teacher: str | None = None  # folder of a frozen model with the same tokenizer, for kdrl
     demonstration_author: str | None = None  # folder of the model that wrote the demonstrations, for pear_*
     shape: ShapeConfig = dataclasses.field(default_factory=ShapeConfig)
@@ -370,6 +373,7 @@ class Config:
     stages: Annotated[tuple[StageConfig, ...], struct_list(StageConfig)] = ()  # stages before the last one
     runs_dir: str = "runs"
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)

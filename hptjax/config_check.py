@@ -9,6 +9,7 @@ import re
 from hptjax.config import Config, flatten, resolved
 from hptjax.config_batch import micro_batches_needed, samples_per_update, schedule_of, stage_list, steps_of
 from hptjax.config_constants import constant_problems
+from hptjax.config_lora import lora_problems
 from hptjax.config_methods import GATED, PAIRED, learns_by_sft, learns_from_rollouts, samples_per_bundle
 from hptjax.config_prefix import prefix_problems
 
@@ -57,6 +58,8 @@ def check(config: Config, *, sized_only: bool = False) -> None:
         came and which field to change.
     """
     _check_ranges(config)
+    for problem in lora_problems(config.lora, has_model=config.model.path is not None or sized_only):
+        _refuse(*problem)
     _check_names(config, sized_only)
     _check_task(config)
     _check_data(config)

@@ -85,8 +85,11 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        hint = ""
+        if (path.parent / "adapter_config.json").is_file():
+            hint = ", a PEFT adapter; name the folder of its model, and the adapter with --lora.adapter"
         raise ValueError(
-            f"expected a config file, a run folder or a model folder with its config.json, got '{path.parent}'"
+            f"expected a config file, a run folder or a model folder with its config.json, got '{path.parent}'{hint}"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"expected JSON in '{path}', got {error}") from None

@@ -80,7 +80,8 @@ def known_here(config: Config) -> tuple[Config, list[str]]:
             "check` says"
         )
     others = {"model.teacher": model.teacher, "model.demonstration_author": model.demonstration_author}
-    others["model.reference"] = None if model.reference == "start" else model.reference
+    own = model.reference == "start" or (model.reference == "base" and config.lora.on)
+    others["model.reference"] = None if own else model.reference
     return config, unknown + [
         f"{name} '{folder}': its weights come on top" for name, folder in others.items() if folder is not None
     ]

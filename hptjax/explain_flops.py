@@ -3,6 +3,7 @@
     a rollout of D tokens     sampled 2 N D, trained on 6 N D
     a demonstration           trained on 6 N D
 
+With n parameters in adapters, N of the model stay: trained on (4 N + 6 n) D, because no gradient of the model is made.
 N counts all parameters, D prompt and completion. Source: arXiv 2604.23747, appendix B (`spec/accumulation.md` 2.3, a
 second-hand reading whose arithmetic was checked): its figures come out of `stage_flops` in the tests.
 """
@@ -15,6 +16,7 @@ import math
 from hptjax.config import Config, StageConfig
 from hptjax.config_batch import rollouts_sampled, samples_left, stage_alone, stage_list
 from hptjax.masked import inverse_count
+from hptjax.model_shape import adapter_count, asked_adapter
 from hptjax.models.shape import DecoderConfig
 
 FORWARD, BACKWARD = 2, 4  # operations per parameter and token
@@ -70,11 +72,13 @@ def lengths_asked(config: Config, rollout: float | None, demonstration: float | 
     return Lengths(first, first if demonstration is None else demonstration)
 
 
-def stage_flops(config: Config, stage: StageConfig, parameters: Number, lengths: Lengths) -> StageFlops:
+def stage_flops(
+    config: Config, stage: StageConfig, parameters: Number, lengths: Lengths, adapters: Number | None = None
+) -> StageFlops:
     """Of one step of a stage: `questions x (2 N D per rollout + 6 N D per sample that is left)`.
 
     Args
-      parameters: N. lengths: D.
+      parameters: N. lengths: D. adapters: n, where they are trained and the model is not.
     """
     alone = stage_alone(config, stage)
     questions = alone.data.questions_per_step
@@ -84,11 +88,14 @@ def stage_flops(config: Config, stage: StageConfig, parameters: Number, lengths:
         for rollouts, demonstrations in samples_left(alone, stage.method)
     ]
     sampled = FORWARD * parameters * questions * lengths.rollout
-    per_token = (FORWARD + BACKWARD) * parameters
+    forward, per_token = FORWARD * parameters, (FORWARD + BACKWARD) * parameters
+    if adapters is not None:
+        forward += FORWARD * adapters
+        per_token = (FORWARD + BACKWARD // 2) * parameters + (FORWARD + BACKWARD) * adapters
     return StageFlops(
         sampled=(sampled * few, sampled * many),
         trained=(per_token * min(left), per_token * max(left)),
-        scored=(FORWARD * parameters * min(left), FORWARD * parameters * max(left)),
+        scored=(forward * min(left), forward * max(left)),
     )
 
 
@@ -102,16 +109,20 @@ def flop_lines(config: Config, shape: DecoderConfig, parameters: int, lengths: L
     said = "as said"
     if lengths is None:
         said = "the most there can be; --rollout_tokens and --demonstration_tokens say the means"
+    lora = asked_adapter(config)
+    adapters = None if lora is None else adapter_count(shape, lora)
+    counted, trained = f"N = {parameters:,} parameters", "6 N"
+    if adapters is not None:
+        counted, trained = f"{counted}, n = {adapters:,} in adapters", "4 N + 6 n"
     lines = [
-        f"N = {parameters:,} parameters; 2 N for a token that is sampled, 6 N for one that is trained on (arXiv "
-        "2604.23747, App. B)",
+        f"{counted}; 2 N for a token that is sampled, {trained} for one that is trained on (arXiv 2604.23747, App. B)",
         f"a rollout has {known.rollout:,.0f} tokens, a demonstration {known.demonstration:,.0f}, prompt included: "
         + said,
     ]
     whole: Range = (0.0, 0.0)
     stages = stage_list(config)
     for number, stage in enumerate(stages, start=1):
-        one = stage_flops(config, stage, parameters, known)
+        one = stage_flops(config, stage, parameters, known, adapters)
         total = (one.total[0] * stage.steps, one.total[1] * stage.steps)
         whole = (whole[0] + total[0], whole[1] + total[1])
         lines.append(

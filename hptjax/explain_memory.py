@@ -17,7 +17,9 @@ from hptjax.build.mesh import check_mesh, rollout_rules, training_rules
 from hptjax.config import Config, ShapeConfig
 from hptjax.config_batch import SHORT_ROW_TOKENS, mesh_devices, mesh_sizes, mesh_words
 from hptjax.explain import human_bytes
+from hptjax.model_shape import adapter_count, asked_adapter
 from hptjax.models import decoder
+from hptjax.models.lora import adapter_axes, adapter_shapes
 from hptjax.models.shape import DecoderConfig
 from hptjax.sharding.rules import AXES, Rules, named_shardings, parts
 
@@ -46,9 +48,13 @@ def memory_lines(config: Config, shape: DecoderConfig) -> list[str]:
         of_phase = [row for row in rows if row.when in ("always", phase)]
         whole, device = (sum(getattr(row, column) for row in of_phase) for column in ("whole", "device"))
         lines.append(f"{'together while ' + phase:<38}{human_bytes(whole):>12}{human_bytes(device):>14}")
-    parameters = parameter_count(shape, shape.vocab_size)
+    what, lora = f"{parameter_count(shape, shape.vocab_size):,} parameters", asked_adapter(config)
+    if lora is not None:
+        what += (
+            f" that stay, {adapter_count(shape, lora):,} in adapters of rank {lora.rank} on {', '.join(lora.targets)}"
+        )
     return [
-        f"{parameters:,} parameters, {mesh_devices(config)} device(s) ({mesh_words(config)})",
+        f"{what}, {mesh_devices(config)} device(s) ({mesh_words(config)})",
         f"{'':<38}{'whole':>12}{'per device':>14}",
         *lines,
     ]
@@ -63,7 +69,16 @@ def held(config: Config, shape: DecoderConfig) -> list[Held]:
     compute_bytes = FP32_BYTES if config.model.compute_dtype == "float32" else BF16_BYTES
     axes, shapes = decoder.logical_axes(shape), decoder.param_shapes(shape)
     places = [named_shardings(mesh, axes, shapes, rules) for rules in (training, sampling)]
-    whole, device = _entries(shapes, places[0])
+    size = {True: FP32_BYTES, False: compute_bytes}  # the scales of norms stay as they are
+    as_used = [_entries(shapes, place, lambda name: size[name.endswith("norm")]) for place in places]
+    lora, rows = asked_adapter(config), []
+    if lora is None:
+        whole, device = _entries(shapes, places[0])
+    else:
+        adapters = adapter_shapes(shape, lora.rank, lora.targets)
+        whole, device = _entries(adapters, named_shardings(mesh, adapter_axes(shape, lora.targets), adapters, training))
+        rows.append(Held(f"the model, {config.model.compute_dtype}", *as_used[0]))
+    of = "parameters" if lora is None else "adapters"
     rollout = config.rollout
     cache = (shape.num_layers, rollout.slots, rollout.cache_capacity, shape.num_kv_heads, shape.head_dim)
     caches = decoder.Cache(keys=cache, values=cache)
@@ -75,9 +90,9 @@ def held(config: Config, shape: DecoderConfig) -> list[Held]:
     fp32, fp32_device = whole * FP32_BYTES, device * FP32_BYTES
     kept_entries, kept_on_device = layer_entries(config, shape, sizes, training)
     bytes_per_entry = positions * compute_bytes
-    rows = [
-        Held("parameters, fp32", fp32, fp32_device),
-        Held("parameters at the start (KL reference)", fp32, fp32_device),
+    rows += [
+        Held(f"{of}, fp32", fp32, fp32_device),
+        Held(f"{of} at the start (KL reference)", fp32, fp32_device),
         Held(
             "optimizer (two moments), fp32" + (", on the host" if away else ""),
             2 * fp32,
@@ -93,10 +108,8 @@ def held(config: Config, shape: DecoderConfig) -> list[Held]:
             "training",
         ),
     ]
-    if places[0] != places[1]:
-        size = {True: FP32_BYTES, False: compute_bytes}  # the scales of norms stay as they are
-        copied = _entries(shapes, places[1], lambda name: size[name.endswith("norm")])
-        rows.append(Held("weights of rollouts", *copied, "sampling"))
+    if places[0] != places[1] or lora is not None:
+        rows.append(Held("weights of rollouts", *as_used[1], "sampling"))
     return [*rows, Held("KV cache", cached * compute_bytes, cached_on_device * compute_bytes, "sampling")]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from hptjax.explain import human_bytes
-from hptjax.models.folder_report import FolderReport, folder_report
+from hptjax.models.folder_config import ADAPTER_CONFIG
+from hptjax.models.folder_report import FolderReport, adapter_report, folder_report
 from hptjax.models.tensor_stats import TensorStats, tensor_stats
 from hptjax.train.checkpoint_read import RECORD, SavedCheckpoint, read_leaves, read_record, saved_checkpoints
 
@@ -22,7 +23,7 @@ def inspect(path: pathlib.Path, *, everything: bool = False) -> dict[str, Any]:
     """What is at a path, as JSON values: `kind`, `about`, `tensors`, `totals`, `problems` and `notes`.
 
     Args
-      path: a model folder, a run folder (its last checkpoint), or one checkpoint of a run.
+      path: a model folder, a PEFT adapter, a run folder (its last checkpoint), or one checkpoint of a run.
       everything: of a checkpoint, sums, moments and counters too, and not the parameters alone.
 
     Raises a path that is none of these -> ValueError.
@@ -36,11 +37,13 @@ def inspect(path: pathlib.Path, *, everything: bool = False) -> dict[str, Any]:
         found = saved_checkpoints(folder) if folder.is_dir() else []
         if found:
             return _of_checkpoint(found[-1], everything)
+    if (path / ADAPTER_CONFIG).is_file():
+        return _of_folder(path, adapter_report(path), "PEFT adapter")
     if not path.is_dir() or not any((path / name).exists() for name in ("config.json", "model.safetensors")):
         raise ValueError(
             f"expected a model folder (config.json, safetensors), a run folder or a checkpoint, got '{path}'"
         )
-    return _of_folder(path, folder_report(path))
+    return _of_folder(path, folder_report(path), "model folder")
 
 
 def report_text(report: Mapping[str, Any]) -> str:
@@ -57,7 +60,7 @@ def report_text(report: Mapping[str, Any]) -> str:
         for tensor in report["tensors"]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [f"{report['path']}: {report['kind']}", about, ""]
+    lines = [f"{report['path']}: {report['kind']}", *([about] if about else []), ""]
     for row in rows:
         left = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
         right = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
@@ -72,7 +75,7 @@ def report_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _of_folder(path: pathlib.Path, found: FolderReport) -> dict[str, Any]:
+def _of_folder(path: pathlib.Path, found: FolderReport, kind: str) -> dict[str, Any]:
     tensors = [
         _row(each.name, each.dtype, each.shape, each.stats) | {"file": each.file, "problem": each.problem}
         for each in found.tensors
@@ -80,12 +83,12 @@ def _of_folder(path: pathlib.Path, found: FolderReport) -> dict[str, Any]:
     shape = {} if found.shape is None else dataclasses.asdict(found.shape)
     problems, notes = list(found.problems), list(found.notes)
     if not (path / "tokenizer_config.json").is_file():
-        notes.append("no tokenizer in this folder")
+        notes += ["no tokenizer in this folder"] if kind == "model folder" else []
     elif found.shape is not None:
         problems += _tokenizer_problems(path, found.shape.vocab_size)
     return {
         "path": str(path),
-        "kind": "model folder",
+        "kind": kind,
         "about": {name: value for name, value in shape.items() if value is not None},
         "tensors": tensors,
         "totals": _totals(tensors, sum(each.stored_bytes for each in found.tensors)),
@@ -121,6 +124,7 @@ def _of_checkpoint(saved: SavedCheckpoint, everything: bool) -> dict[str, Any]:
         tensors.append(row)
     problems += [f"{row['name']}: {row['problem']}" for row in tensors if row["problem"]]
     others = [name for name in saved.leaves if name not in leaves]
+    left_out = [f"{len(others)} leaves of sums, moments and counters are not shown (--all)"] if others else []
     about = {"step": saved.step, "metric": saved.metric, "checkpoint": saved.ordinal}
     return {
         "path": str(saved.path),
@@ -129,8 +133,16 @@ def _of_checkpoint(saved: SavedCheckpoint, everything: bool) -> dict[str, Any]:
         "tensors": tensors,
         "totals": _totals(tensors, sum(value.nbytes for value in leaves.values())),
         "problems": problems,
-        "notes": [f"{len(others)} leaves of sums, moments and counters are not shown (--all)"] if others else [],
+        "notes": [*_of_adapters(saved), *left_out],
     }
+
+
+def _of_adapters(saved: SavedCheckpoint) -> list[str]:
+    lora = saved.fingerprint.get("lora")
+    if lora is None:
+        return []
+    kind = ", rank-stabilised" if lora["rank_stabilised"] else ""
+    return [f"adapters of rank {lora['rank']}, alpha {lora['alpha']:g}{kind}, on {', '.join(lora['targets'])}"]
 
 
 def _row(name: str, dtype: str, shape: Sequence[int], stats: TensorStats | None) -> dict[str, Any]:

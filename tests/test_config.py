@@ -112,8 +112,11 @@ def other_value(hint: typing.Any, value: typing.Any) -> tuple[list[str], typing.
         return ['[{axis = "embed", over = ["data", "fsdp"]}]'], (RuleConfig("embed", ("data", "fsdp")),)
     if hint == tuple[str, ...]:
         return ["one", "two"], ("one", "two")
-    if typing.get_origin(hint) is tuple:
-        return ["3", "5"], (3, 5)
+    listed = next((option for option in (hint, *typing.get_args(hint)) if typing.get_origin(option) is tuple), None)
+    if listed is not None:
+        entry = typing.get_args(listed)[0]
+        names = typing.get_args(entry)[1:3] if typing.get_origin(entry) is typing.Literal else ()
+        return (list(names), names) if names else (["3", "5"], (3, 5))
     hint = next((option for option in typing.get_args(hint) if typing.get_origin(option) is typing.Literal), hint)
     if typing.get_origin(hint) is typing.Literal:
         choice = typing.get_args(hint)[-1]

@@ -73,6 +73,18 @@ def test_explain_operations_by_hand():
     assert (few.sampled, few.trained) == ((0, 0), (6_000, 6_000))
 
 
+def test_explain_operations_of_adapters_by_hand():
+    """As above with n = 7: 4 N + 6 n = 442 per token that is trained on, 2 N + 2 n = 214 to score it, 200 to sample."""
+    config = changed(Config(), data__questions_per_step=10, rollout__group_size=4)
+    hpt = stage_flops(config, StageConfig("hpt", 1), 100, Lengths(3, 5), 7)
+    assert hpt.sampled == (24_000, 24_000)
+    assert hpt.trained == (50 * 442, 120 * 442)
+    assert hpt.scored == (50 * 214, 120 * 214)
+    text = explain(changed(Config(), model__preset="qwen3-0.6b", lora__rank=4, lora__targets=("k_proj",)))
+    # 28 layers, D 1024, 8 kv heads of 128
+    assert f"n = {28 * 4 * (1024 + 1024):,} in adapters; 2 N for a token that is sampled, 4 N + 6 n for one" in text
+
+
 def test_explain_operations_of_the_pipeline_by_hand():
     """Both stages of the truncated recipe on 7,615,616,512 parameters and 4,200 tokens a sample."""
     config = recipe("sft_then_rl_50_qwen2.5_math_7b")
@@ -194,6 +206,22 @@ def test_explain_bytes_per_device_by_hand():
     assert rows["logits of a chunk, fp32"].device == 16_384 * 151_936 * 4 / 4
     # remat "full": the input of every layer, bf16, rows over fsdp
     assert rows["activations of a micro-batch (about)"].device == 16 * 9216 * 28 * 1536 * 2 / 2
+
+
+def test_explain_bytes_of_adapters_by_hand():
+    """Rank 8 on q and down beside Qwen2.5-Math-1.5B in bf16, fsdp 2 x tensor 2; the rank is not cut."""
+    config = changed(recipe("hpt_qwen2.5_math_1.5b", "--mesh.fsdp", "2", "--mesh.tensor", "2"), model__path=None)
+    rows = by_name(changed(config, lora__rank=8, lora__targets=("q_proj", "down_proj")))
+    assert rows["adapters, fp32"].whole == 4 * 28 * 8 * (1536 + 1536 + 8960 + 1536)
+    # q: A over fsdp, B over tensor; down: A over tensor, B over fsdp
+    device = 4 * 28 * 8 * (1536 + 1536 + 8960 + 1536) / 2
+    for name in ("adapters, fp32", "adapters at the start (KL reference)", "accumulator, fp32"):
+        assert rows[name].device == device
+    assert rows["optimizer (two moments), fp32"].device == 2 * device
+    whole = by_name(config)
+    assert rows["the model, bfloat16"].device < 0.51 * whole["parameters, fp32"].device
+    assert rows["weights of rollouts"] == whole["weights of rollouts"]
+    assert not [name for name in rows if name.startswith("parameters")]
 
 
 @pytest.mark.parametrize(
@@ -347,12 +375,14 @@ def test_explain_refuses_lengths_that_are_none(capsys, words):
     assert f"change {words[0]}" in capsys.readouterr().err
 
 
-def test_explain_bytes_are_those_of_the_lowered_programs(eight_devices):
+@pytest.mark.parametrize("rank", [None, 8])
+def test_explain_bytes_are_those_of_the_lowered_programs(eight_devices, rank):
     """A mesh of eight, rollouts in another layout, bf16: the shapes and shardings that `hptjax plan` compiles."""
     config = changed(
         Config(),
         model__preset="qwen3-0.6b",
         model__compute_dtype="bfloat16",
+        lora__rank=rank,
         mesh__fsdp=2,
         mesh__sequence=2,
         mesh__tensor=2,
@@ -371,5 +401,7 @@ def test_explain_bytes_are_those_of_the_lowered_programs(eight_devices):
         "weights of rollouts": "weights of rollouts",
         "KV cache": "KV cache",
     }
+    if rank is not None:
+        names |= {"parameters": "adapters, fp32", "model beside the adapters": "the model, bfloat16"}
     for name, row in names.items():  # beside the moments and the sums there are a few counters
         assert 0 <= planned[name] - rows[row].device <= 200, name

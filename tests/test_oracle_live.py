@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -204,3 +205,71 @@ def test_live_converted_folder_loads(family, tmp_path):
     _, model, folder, _, _ = family
     convert_folder(folder, tmp_path / "out", dtype="bfloat16", shard_bytes=7000)
     assert bits(models.load_model(tmp_path / "out")) == bits(model, "bfloat16")
+
+
+# ---- adapters, against PEFT ----
+
+
+TARGETS = (("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+
+
+@pytest.mark.parametrize(("targets", "stabilised"), [(TARGETS[0], False), (TARGETS[1], True)])
+def test_live_peft_loads_our_adapter_and_merges_it_as_we_do(family, tmp_path, targets, stabilised):
+    peft = pytest.importorskip("peft")
+    from hptjax.models.lora import adapted, adapter_shapes, merged
+    from hptjax.models.lora_config import AdapterShape
+    from hptjax.models.lora_folder import save_adapter
+
+    _, model, folder, config, params = family
+    rng = np.random.default_rng(2)
+    shapes = adapter_shapes(config, 3, targets)["layers"]
+    adapters = {
+        "layers": {
+            name: {factor: rng.normal(0, 0.1, sizes).astype(np.float32) for factor, sizes in one.items()}
+            for name, one in shapes.items()
+        }
+    }
+    shape = AdapterShape(3, 12.0, targets, stabilised)
+    save_adapter(tmp_path, config, adapters, shape, dtype="float32", base=str(folder))
+    theirs = peft.PeftModel.from_pretrained(models.load_model(folder), str(tmp_path)).eval()
+    wanted = reference.logits(theirs, padded(sequences()), LENGTHS)
+    assert np.abs(wanted - reference.logits(model, padded(sequences()), LENGTHS)).max() > 0.1
+    whole = theirs.merge_and_unload()
+    for tree in (adapted(params, adapters, shape.scale), merged(params, adapters, shape.scale)):
+        found = decoder_calls.forward_logits(tree, config, *decoder_calls.padded_and_packed(sequences()))
+        for number, part in enumerate(sequences()):
+            np.testing.assert_allclose(found[number, : len(part)], wanted[number, : len(part)], rtol=0, atol=TOLERANCE)
+    save_folder(
+        tmp_path / "merged", config, jax.tree.map(np.asarray, merged(params, adapters, shape.scale)), dtype="float32"
+    )
+    ours = dict(models.load_model(tmp_path / "merged").named_parameters())
+    for key, value in whole.named_parameters():
+        np.testing.assert_allclose(ours[key].detach(), value.detach(), rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_live_we_read_an_adapter_that_peft_wrote(family, tmp_path, stabilised):
+    peft = pytest.importorskip("peft")
+    from hptjax.models.lora import adapted
+    from hptjax.models.lora_config import read_adapter_shape
+    from hptjax.models.lora_folder import load_adapter
+
+    _, _, folder, config, params = family
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=list(TARGETS[1]), task_type="CAUSAL_LM", use_rslora=stabilised
+    )
+    theirs = peft.get_peft_model(models.load_model(folder), settings).eval()
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for key, value in theirs.named_parameters():
+            if "lora_B" in key:  # zero, as PEFT starts it
+                value.normal_(0, 0.1)
+    theirs.save_pretrained(str(tmp_path))
+    shape = read_adapter_shape(tmp_path)
+    assert (shape.rank, shape.alpha, shape.targets) == (4, 6.0, TARGETS[1])
+    assert shape.scale == (3.0 if stabilised else 1.5)
+    tree = adapted(params, load_adapter(tmp_path, config), shape.scale)
+    wanted = reference.logits(theirs, padded(sequences()), LENGTHS)
+    found = decoder_calls.forward_logits(tree, config, *decoder_calls.padded_and_packed(sequences()))
+    for number, part in enumerate(sequences()):
+        np.testing.assert_allclose(found[number, : len(part)], wanted[number, : len(part)], rtol=0, atol=TOLERANCE)

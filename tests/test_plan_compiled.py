@@ -21,7 +21,10 @@ from hptjax.build.frozen import make_score
 from hptjax.cli import as_switch
 from hptjax.config import BatchConfig, Config, DataConfig, MeshConfig, ModelConfig, RolloutConfig, RuleConfig
 from hptjax.config_batch import stage_list
+from hptjax.config_lora import LoraConfig
+from hptjax.model_shape import asked_adapter
 from hptjax.models import decoder
+from hptjax.models.lora import adapted
 from hptjax.models.shape import DecoderConfig
 from hptjax.plan import command
 from hptjax.plan.chips import CHIPS, Slices, parse_topology
@@ -90,6 +93,20 @@ def gradient(config: Config, shape: DecoderConfig, devices):
     return read(program.lower(params, programs.micro_batch), devices)
 
 
+def adapter_gradient(config: Config, shape: DecoderConfig, devices):
+    """The same where adapters are trained: nothing is computed that only the gradient of a weight would need."""
+    mesh, lora = mesh_on(config, devices), asked_adapter(config)
+    programs = run_programs(config, stage_list(config)[-1], shape, mesh)
+    score = make_score(policy.build_functions(config, shape, mesh).token_stats)
+    adapters = programs.state.params["policy"]
+
+    def total(adapters, base, micro_batch):
+        return jax.numpy.sum(score(adapted(base, adapters, lora.scale), micro_batch))
+
+    program = jax.jit(jax.grad(total), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, adapters))
+    return read(program.lower(adapters, programs.frozen["base"], programs.micro_batch), devices)
+
+
 def sent(compiled) -> float:
     return sum(entry.ici_bytes for entry in compiled.exchanged if not entry.update)
 
@@ -98,6 +115,7 @@ def sent(compiled) -> float:
     ("compiled", "remat"),
     [
         (gradient, "full"),
+        pytest.param(adapter_gradient, "full", marks=pytest.mark.slow),
         pytest.param(gradient, "none", marks=pytest.mark.slow),
         pytest.param(train_step, "full", marks=pytest.mark.slow),
     ],
@@ -107,6 +125,8 @@ def test_plan_agrees_with_the_unrolled_program(eight_devices, monkeypatch, compi
     layers = 4
     config, shape = config_of(), shape_of(layers)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+    if compiled is adapter_gradient:
+        config = dataclasses.replace(config, lora=LoraConfig(rank=16))
     _, rolled = compiled(config, shape, eight_devices)
     monkeypatch.setattr(policy.decoder, "forward", functools.partial(decoder.forward, unroll=layers))
     program, unrolled = compiled(config, shape, eight_devices)
@@ -294,6 +314,49 @@ def test_plan_counts_moments_in_host_memory_apart(eight_devices):
     assert ours["on the host: optimizer"] == pytest.approx(theirs["optimizer"], rel=0.01)
     assert theirs["on the host: optimizer"] == 0
     assert ours["counters and checks"] == theirs["counters and checks"]
+
+
+def test_plan_of_adapters_holds_state_for_them_alone(eight_devices):
+    """By hand: one layer, adapters of rank 8 on q (256 to 256) and down (1024 to 256), the model beside them bf16."""
+    config, shape = config_of(), shape_of(1)
+    bf16 = dataclasses.replace(config.model, compute_dtype="bfloat16")
+    config = dataclasses.replace(config, model=bf16, lora=LoraConfig(rank=8, targets=("q_proj", "down_proj")))
+    mesh, stage = mesh_on(config, eight_devices), stage_list(config)[-1]
+    programs = run_programs(config, stage, shape, mesh)
+    held = held_bytes(programs)
+    # A of q over fsdp (4), B of q over tensor (2); A of down over tensor, B of down over fsdp
+    ours = 4 * 8 * (256 / 4 + 256 / 2 + 1024 / 2 + 256 / 4)
+    assert held["parameters"] == ours
+    assert held["optimizer"] == pytest.approx(2 * ours, abs=64)
+    assert held["accumulator"] == pytest.approx(ours, abs=64)
+    norms = 3 * 256 / 4
+    matrices = (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024 + 512 * 256) / 8
+    assert held["model beside the adapters"] == 2 * matrices + 4 * norms
+    assert held["weights of rollouts"] == held["model beside the adapters"]
+    assert {"train step", "score", "merge", "prefill", "enter", "decode"} == set(programs.lower)
+    judged_all, judged_few = (
+        judged(one, shape, EIGHT).bytes for one in (dataclasses.replace(config, lora=LoraConfig()), config)
+    )
+    assert judged_few < judged_all
+
+
+@pytest.mark.slow
+def test_plan_of_adapters_is_whole(eight_devices):
+    config = config_of(lora=LoraConfig(rank=8), mesh=dataclasses.replace(MESH, rollout_rules="replicated"))
+    plan = make_plan(config, shape_of(1), EIGHT, eight_devices, cache=None)
+    assert set(plan.programs) == {"train step", "score", "merge", "reshard", "prefill", "decode"}
+    train = plan.programs["train step"].compiled
+    state = sum(plan.held[name] for name in ("parameters", "optimizer", "accumulator", "counters and checks"))
+    state += plan.held["model beside the adapters"]
+    assert train.argument_bytes == pytest.approx(state + plan.held["micro-batch"], rel=0.01)
+    assert plan.programs["decode"].resident_bytes == pytest.approx(state, rel=1e-6)
+    assert plan.programs["reshard"].resident_bytes == pytest.approx(state, rel=1e-6)
+    text = io.StringIO()
+    print_plan(plan, text)
+    assert "0.00 B parameters + 0.05 M of adapters" in text.getvalue()
+    assert plan.step is not None
+    values = json.loads(to_json([plan]))[0]
+    assert values["frozen_parameters"] == plan.frozen > 10 * values["parameters"]
 
 
 def test_plan_looks_for_rows_that_the_table_divides(plan, monkeypatch):

@@ -21,7 +21,7 @@ from flax import traverse_util
 from hptjax.build.data import request_maker
 from hptjax.build.eval_judge import make_judge
 from hptjax.build.eval_sets import EvalSet
-from hptjax.build.parts import EVALUATION_KEY, files_digest, use_compile_cache
+from hptjax.build.parts import EVALUATION_KEY, adapter_record, base_digest, files_digest, use_compile_cache
 from hptjax.build.policy import Policy, build_policy
 from hptjax.build.prompts import PromptFormat, task_prompts, turn_prompts
 from hptjax.config import Config
@@ -215,10 +215,20 @@ def _as_task(sets: Sequence[EvalSet]) -> bool:
 def _weights(config: Config, policy: Policy, checkpoint: str | None) -> tuple[Params, str]:
     """The weights that are evaluated, in place, and what tells them from others."""
     if checkpoint is None or checkpoint == "base":
-        path = config.model.path
-        return policy.params, "made from the seed" if path is None else files_digest(Path(path), "*.safetensors")
+        path, adapters = config.model.path, adapter_record(config)
+        made = "made from the seed" if path is None else files_digest(Path(path), "*.safetensors")
+        return policy.params, made if adapters is None else f"{made}, adapters {json.dumps(adapters)}"
     folder = run_folder(config) / "checkpoints"
     saved, leaves = chosen_leaves(folder, checkpoint, lambda name: name.startswith(POLICY))
+    if saved.fingerprint.get("lora") != adapter_record(config):
+        raise ValueError(
+            f"expected the adapters of {folder} ({saved.fingerprint.get('lora')}), got {adapter_record(config)}; "
+            "evaluate the run folder itself, or change lora"
+        )
+    if config.lora.on and saved.fingerprint["base_weights"] != base_digest(config):
+        raise ValueError(
+            f"expected the model that {folder} was trained beside in '{config.model.path}', got another one"
+        )
     tree = traverse_util.unflatten_dict(
         {tuple(name.removeprefix(POLICY).split(".")): value for name, value in leaves.items()}
     )

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from hptjax.build.adapters import with_frozen
 from hptjax.build.data import Questions, request_maker
 from hptjax.build.policy import Policy
 from hptjax.config import Config
@@ -59,7 +59,11 @@ def build_evaluator(config: Config, policy: Policy, questions: Questions, judge:
     )
     decode = functools.partial(text.decode, policy.tokenizer)
     demonstrations = functools.cache(lambda: _demonstration_batches(config, policy, splits["validation"]))
-    score = jax.jit(lambda params, batch: policy.token_stats(False)(params, batch).logprobs)
+    stats, policy_of = policy.token_stats(False), policy.frozen.policy_of
+    scored = with_frozen(policy.frozen, lambda trees, batch: stats(policy_of(trees), batch).logprobs)
+
+    def score(params: Params, batch: MicroBatch) -> Any:
+        return scored({"policy": params}, batch)
 
     def run(params: Params, chosen: Sequence[Question]) -> EvalResult:
         return evaluate(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hptjax.build.adapters import BASE
 from hptjax.build.policy import Policy, build_functions
 from hptjax.config import Config
 from hptjax.hpt.assemble import assemble
@@ -23,7 +24,7 @@ from hptjax.models.folder_slices import folder_shape, load_placed
 from hptjax.records import Question, Source
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import one_at_a_time, put_micro_batch
-from hptjax.train.objective import TokenStatsFn, ValueHead
+from hptjax.train.objective import PolicyOf, TokenStatsFn, ValueHead
 from hptjax.types import MicroBatch, Params
 
 Scorer = Callable[[MicroBatch], Any]
@@ -41,7 +42,7 @@ def make_score(token_stats: Callable[[bool], TokenStatsFn]) -> Callable[[Params,
 
 
 def make_looks(
-    token_stats: Callable[[bool], TokenStatsFn], names: frozenset[str], value_head: ValueHead
+    token_stats: Callable[[bool], TokenStatsFn], names: frozenset[str], value_head: ValueHead, policy_of: PolicyOf
 ) -> Callable[[Mapping[str, Params], MicroBatch], dict[str, Any]]:
     """A score pass that says more: named parameters and a micro-batch -> name -> [B T].
 
@@ -51,7 +52,7 @@ def make_looks(
     stats = token_stats("entropy" in names)
 
     def looks(params: Mapping[str, Params], micro_batch: MicroBatch) -> dict[str, Any]:
-        found = stats(params["policy"], micro_batch)
+        found = stats(policy_of(params), micro_batch)
         every = {"rollout_logprobs": found.logprobs, "entropy": found.entropy}
         if "rollout_values" in names:
             every["rollout_values"] = value_head(params["critic"], found.hidden, micro_batch.completion_mask)
@@ -86,10 +87,7 @@ def add_frozen(
     scorers: dict[str, Scorer] = {}
     reference, teacher = config.model.reference, config.model.teacher
     if Need.REFERENCE_LOGPROBS in needs and reference is not None:
-        at_start: Scorer = lambda micro_batch: own_score(policy.params, micro_batch)  # noqa: E731
-        scorers["reference_logprobs"] = (
-            at_start if reference == "start" else frozen_scorer(config, policy, reference, "model.reference")
-        )
+        scorers["reference_logprobs"] = _reference(config, policy, reference, own_score)
     if Need.TEACHER_LOGPROBS in needs and teacher is not None:
         scorers["teacher_logprobs"] = frozen_scorer(config, policy, teacher, "model.teacher")
     if not scorers:
@@ -97,6 +95,18 @@ def add_frozen(
     return lambda micro_batch: dataclasses.replace(
         micro_batch, **{name: scorer(micro_batch) for name, scorer in scorers.items()}
     )
+
+
+def _reference(
+    config: Config, policy: Policy, reference: str, own_score: Callable[[Params, MicroBatch], Any]
+) -> Scorer:
+    """The policy as the run starts, the model without its adapters (both cost no weights), or that of a folder."""
+    if reference == "start":
+        return lambda micro_batch: own_score(policy.params, micro_batch)
+    if reference == "base" and BASE in policy.frozen.trees:
+        score = one_at_a_time(policy.mesh, jax.jit(make_score(policy.token_stats)))
+        return lambda micro_batch: score(policy.frozen.trees[BASE], micro_batch)
+    return frozen_scorer(config, policy, reference, "model.reference")
 
 
 def with_author_logprobs(config: Config, policy: Policy, questions: Sequence[Question]) -> list[Question]:

@@ -18,6 +18,7 @@ from hptjax.build.frozen import with_author_logprobs
 from hptjax.build.policy import Policy, build_policy
 from hptjax.build.prompts import build_prompts
 from hptjax.config import Config, resolved
+from hptjax.model_shape import asked_adapter
 from hptjax.records import Judge, Question, Sample, Verdict, verdict_from_json, verdict_to_json
 from hptjax.rewards.pool import RewardPool
 from hptjax.rundir import compile_cache_folder
@@ -107,16 +108,33 @@ def use_compile_cache() -> None:
 
 
 def fingerprint(parts: Parts) -> dict[str, Any]:
-    """What a checkpoint must share with this run to be taken up: model, base weights, tokenizer, objective, seed."""
+    """What a checkpoint must share with this run: model, base weights, adapters, tokenizer, objective, seed."""
     config = parts.config
     tokenizer = config.model.tokenizer or config.model.path or ""
-    return {
+    adapters = adapter_record(config)
+    return ({} if adapters is None else {"lora": adapters}) | {
         "model": dataclasses.asdict(parts.policy.config),
-        "base_weights": None if config.model.path is None else files_digest(Path(config.model.path), "*.safetensors"),
+        "base_weights": base_digest(config),
         "tokenizer": files_digest(Path(tokenizer), "tokenizer.json"),
         "config": {name: resolved(config)[name] for name in ("hpt", "methods")},
         "seed": config.seed,
     }
+
+
+def adapter_record(config: Config) -> dict[str, Any] | None:
+    """What tells a run's adapters from others: rank, alpha, targets, and the digest of those that it starts from."""
+    lora = asked_adapter(config)
+    if lora is None:
+        return None
+    record = dataclasses.asdict(lora) | {"targets": list(lora.targets)}
+    if config.lora.adapter is not None:
+        record["start"] = files_digest(Path(config.lora.adapter), "*.safetensors")
+    return record
+
+
+def base_digest(config: Config) -> str | None:
+    """The digest of the weights in `model.path`; None without one."""
+    return None if config.model.path is None else files_digest(Path(config.model.path), "*.safetensors")
 
 
 def files_digest(folder: Path, pattern: str) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hptjax.build.adapters import BASE, Frozen, as_used, first_adapters, place_adapters
 from hptjax.build.attention import cache_block, prefill_attention, training_attention
 from hptjax.build.mesh import build_mesh, check_mesh, rollout_rules, training_rules
 from hptjax.config import Config
 from hptjax.data.tokenizer import load_tokenizer, stop_ids
 from hptjax.losses.logprobs import TokenStats, token_logprobs
-from hptjax.model_shape import decoder_shape
+from hptjax.model_shape import asked_adapter, decoder_shape
 from hptjax.models import decoder
 from hptjax.models.folder_config import read_eos_ids
 from hptjax.models.folder_slices import load_placed
@@ -35,8 +36,10 @@ class Policy:
     """A model in place: everything the run needs of it.
 
     Args
-      params: float32, sharded over `mesh` by `rules`. shardings: the same tree. sample: the rollout engine, (params,
-        requests, key, *, should_stop, on_finished) -> samples. token_stats: want_entropy -> the losses' model call.
+      params: what is trained, float32, sharded over `mesh` by `rules`: the model, or adapters of it.
+      shardings: the same tree. frozen: the model, where adapters are trained.
+      sample: the rollout engine, (params, requests, key, *, should_stop, on_finished) -> samples.
+      token_stats: want_entropy -> the model call of the losses, on what `frozen.policy_of` makes.
       stop_ids: any of them ends a completion: the tokenizer's eos, those of the folder's generation_config.json, and
         `rollout.stop_ids`.
     """
@@ -50,6 +53,7 @@ class Policy:
     stop_ids: frozenset[int]
     sample: Callable[..., Any]
     token_stats: Callable[[bool], TokenStatsFn]
+    frozen: Frozen = dataclasses.field(default_factory=Frozen)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,8 +88,9 @@ def build_policy(config: Config) -> Policy:
     stops = _stop_ids(config, shape, tokenizer)
     mesh = build_mesh(config)
     model = build_functions(config, shape, mesh)
+    lora, dtype = asked_adapter(config), jnp.dtype(config.model.compute_dtype)
     if config.model.path is not None:
-        params = load_placed(Path(config.model.path), model.shardings)
+        params = load_placed(Path(config.model.path), model.shardings, dtype=jnp.float32 if lora is None else dtype)
     else:
         params = shard_tree(decoder.init_params(jax.random.key(config.seed), shape), model.shardings)
     rollout = config.rollout
@@ -102,9 +107,22 @@ def build_policy(config: Config) -> Policy:
         prefill_rows=rollout.prefill_rows,
         shardings=model.rollout_shardings,
     )
+    reshard = None
     if model.decode_weights is not None:
-        sample = _on_a_copy(sample, make_reshard(model.decode_shardings, model.decode_weights))
-    return Policy(shape, params, model.shardings, mesh, model.rules, tokenizer, stops, sample, model.token_stats)
+        reshard = make_reshard(model.decode_shardings, model.decode_weights)
+    policy = Policy(shape, params, model.shardings, mesh, model.rules, tokenizer, stops, sample, model.token_stats)
+    if lora is None:
+        return policy if reshard is None else dataclasses.replace(policy, sample=_on_a_copy(sample, reshard))
+    start = first_adapters(config, shape, lora)
+    adapters = place_adapters(shape, lora, params, mesh, model.rules, model.shardings, dtype, start)
+    merge = partial(adapters.merge, adapters.frozen.trees[BASE])
+    return dataclasses.replace(
+        policy,
+        params=adapters.params,
+        shardings=adapters.shardings,
+        frozen=adapters.frozen,
+        sample=_on_a_copy(sample, merge if reshard is None else partial(_in_two_moves, merge, reshard)),
+    )
 
 
 def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mesh) -> Functions:
@@ -170,7 +188,7 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
         if mesh.size > 1
         else None,
         decode_shardings=decode_shardings,
-        decode_weights=None if decode_shardings == shardings else partial(_decode_weights, dtype=dtype),
+        decode_weights=None if decode_shardings == shardings else partial(as_used, dtype=dtype),
     )
 
 
@@ -187,13 +205,13 @@ def _on_a_copy(sample: Callable[..., Any], reshard: Callable[[Params], Params]) 
     return sample_from
 
 
-def _decode_weights(params: Params, *, dtype: Any) -> Params:
-    """The weights in the type that the decoder casts them to at use; the scales of norms it uses as they are."""
-
-    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        return leaf if path[-1].key.endswith("norm") else leaf.astype(dtype)
-
-    return jax.tree.map_with_path(cast, params)
+def _in_two_moves(first: Callable[[Params], Params], second: Callable[[Params], Params], params: Params) -> Params:
+    """`second(first(params))`; what lay between is deleted."""
+    between = first(params)
+    try:
+        return second(between)
+    finally:
+        jax.tree.map(lambda leaf: leaf.delete(), between)
 
 
 def _check_lengths(config: Config, shape: DecoderConfig, tokens: int) -> None:

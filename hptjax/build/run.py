@@ -242,9 +242,12 @@ def opening_line(parts: Parts, folder: Path, stages: Sequence[Stage], progress: 
         for reason, count in reasons.items()
         if count
     ]
+    parameters = f"{record['parameters']:,} parameters"
+    if record["frozen_parameters"]:
+        parameters += f" of adapters beside {record['frozen_parameters']:,} that stay"
     return "\n".join(
         [
-            f"{folder}: {plan}, from step {progress.step}; {record['parameters']:,} parameters on "
+            f"{folder}: {plan}, from step {progress.step}; {parameters} on "
             f"{parts.policy.mesh.size} {jax.default_backend()} device(s)"
             + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
             + _idle_devices(parts.policy.mesh.size),
@@ -292,5 +295,6 @@ def _data_record(parts: Parts) -> dict[str, Any]:
         "dropped": questions.dropped,
         "mean_prompt_tokens": mean(prompts),
         "mean_demonstration_tokens": mean(demonstrations),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(parts.policy.params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(parts.policy.params)),  # those that are trained
+        "frozen_parameters": sum(leaf.size for leaf in jax.tree.leaves(dict(parts.policy.frozen.trees))),
     }

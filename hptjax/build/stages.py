@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from hptjax.build.adapters import BASE, Frozen, with_frozen
 from hptjax.build.data import build_requests
 from hptjax.build.frozen import add_frozen, make_looks, make_score
 from hptjax.build.method import Recipe, build_recipe, stability_mask
@@ -44,6 +45,7 @@ from hptjax.train.state import MicroStep, TrainState, init_state, jit_step, plac
 from hptjax.train.step import Losses, make_micro_step, make_named_gradients
 from hptjax.types import MicroBatch, Params
 
+ALL_TRAINED = Frozen()
 STAGE_SEED_STRIDE = 1_000_003  # so that stages of runs with neighbouring seeds do not share an order
 ROUNDS_PER_STAGE = 1 << 16  # more passes over the data than a stage makes, so that rounds of stages never meet
 
@@ -58,18 +60,22 @@ def build_stages(config: Config, policy: Policy, questions: Sequence[Question]) 
 def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Sequence[Question], *, index: int) -> Stage:
     """One stage of the loop: its recipe, compiled for the policy's mesh. Nothing is traced before it is first used."""
     questions = stage.questions_per_step or config.data.questions_per_step
-    step = build_step(config, stage, policy.token_stats, policy.params, policy.shardings, policy.mesh)
+    step = build_step(
+        config, stage, policy.token_stats, policy.params, policy.shardings, policy.mesh, frozen=policy.frozen
+    )
     recipe = step.recipe
 
     def start(params: Mapping[str, Params], totals: Any) -> TrainState:
         trees = {"policy": params["policy"]}
         if recipe.has_critic:  # another stage's critic goes on, and ends with the last stage that trains it
-            trees["critic"] = params["critic"] if "critic" in params else _critic(params["policy"])
+            trees["critic"] = params["critic"] if "critic" in params else _critic(policy.config.hidden_size)
         state = step.fresh(jax.tree.map(jnp.copy, trees))
         state = state if totals is None else dataclasses.replace(state, totals=totals)
         return placed(state, step.places)
 
-    scorer = one_at_a_time(policy.mesh, jax.jit(make_score(policy.token_stats)))
+    score, policy_of = make_score(policy.token_stats), policy.frozen.policy_of
+    scored = with_frozen(policy.frozen, lambda trees, micro_batch: score(policy_of(trees), micro_batch))
+    scorer = one_at_a_time(policy.mesh, lambda params, micro_batch: scored({"policy": params}, micro_batch))
 
     return Stage(
         name=stage.method,
@@ -97,7 +103,7 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         score=_score_pass(policy, recipe, scorer),
         second_look=SecondLook(recipe.refine, recipe.control) if recipe.refine or recipe.control else None,
         add_frozen=add_frozen(config, policy, scorer, recipe.needs),
-        probe=_probe(policy.mesh, step.losses),
+        probe=_probe(policy.mesh, step.losses, policy.frozen),
     )
 
 
@@ -107,8 +113,8 @@ def _score_pass(policy: Policy, recipe: Recipe, scorer: Callable[[Params, MicroB
         return None
     if recipe.looks == {"rollout_logprobs"}:
         return lambda params, micro_batch: {"rollout_logprobs": scorer(params["policy"], micro_batch)}
-    looks = make_looks(policy.token_stats, recipe.looks, value_head.token_values)
-    return one_at_a_time(policy.mesh, jax.jit(looks))
+    looks = make_looks(policy.token_stats, recipe.looks, value_head.token_values, policy.frozen.policy_of)
+    return one_at_a_time(policy.mesh, with_frozen(policy.frozen, looks))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,16 +143,20 @@ def build_step(
     params: Params,
     shardings: Any,
     mesh: Mesh,
+    *,
+    frozen: Frozen = ALL_TRAINED,
 ) -> Step:
     """The step of a stage on a mesh.
 
     Args
-      params: arrays or their shapes; nothing is read of them. shardings: where they live.
+      params: what is trained, arrays or their shapes; nothing is read of them. shardings: where they live.
+      frozen: of the model, what is not.
     """
     recipe = build_recipe(config, stage.method, stage.questions_per_step or config.data.questions_per_step)
     losses = make_losses(
         token_stats(Need.ENTROPY in recipe.needs),
         recipe.token_losses,
+        policy_of=frozen.policy_of,
         scored=recipe.scores,
         stability_mask=stability_mask(recipe),
         value_head=value_head.token_values if recipe.has_critic else None,
@@ -157,10 +167,11 @@ def build_step(
     trees, tree_places = {"policy": params}, {"policy": shardings}
     if recipe.has_critic:
         optimizers["critic"] = _optimizer(config, _schedule(config, stage, critic=True), [config.optimizer.clip_norm])
-        trees["critic"] = jax.eval_shape(lambda: _critic(params))
-        tree_places["critic"] = {"weight": shardings["final_norm"], "bias": replicated(mesh)}
+        norm, place = _final_norm(params, shardings, frozen)
+        trees["critic"] = jax.eval_shape(lambda: _critic(norm.shape[0]))
+        tree_places["critic"] = {"weight": place, "bias": replicated(mesh)}
     empty = _assembler(config, recipe)([], frozenset()).micro_batches[0]
-    stats = jax.eval_shape(losses, trees, empty)[1]
+    stats = jax.eval_shape(losses, {**frozen.trees, **trees}, empty)[1]
 
     def fresh(params: Mapping[str, Params]) -> TrainState:
         return init_state(params, optimizers, stats, config.batch.max_micro_batches)
@@ -174,12 +185,22 @@ def build_step(
     micro_step = make_micro_step(
         losses, optimizers, skip_norm=config.optimizer.skip_norm, checksum_every=config.train.checksum_every
     )
-    return Step(recipe, losses, schedule, empty, fresh, state, places, jit_step(micro_step, places))
+    return Step(
+        recipe, losses, schedule, empty, fresh, state, places, jit_step(micro_step, places, frozen.trees or None)
+    )
 
 
-def _critic(policy: Params) -> Params:
+def _critic(hidden_size: int) -> Params:
     """A fresh critic for a policy; its weight is as long as the scale of the final norm, and lives beside it."""
-    return value_head.init_params(policy["final_norm"].shape[0])
+    return value_head.init_params(hidden_size)
+
+
+def _final_norm(params: Params, shardings: Any, frozen: Frozen) -> tuple[Any, Any]:
+    """The scale of the final norm, trained or not, and where it lives."""
+    if "final_norm" in params:
+        return params["final_norm"], shardings["final_norm"]
+    norm = frozen.trees[BASE]["final_norm"]
+    return norm, norm.sharding
 
 
 def _assembler(config: Config, recipe: Recipe) -> Callable[..., Update]:
@@ -260,9 +281,13 @@ def _overlong_penalty(config: Config) -> Callable[[Sample], float] | None:
     return lambda sample: float(overlong_penalty(np.asarray([len(sample.completion_tokens)]), limit, cushion)[0])
 
 
-def _probe(mesh: Mesh, losses: Losses) -> Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]]:
+def _probe(
+    mesh: Mesh, losses: Losses, frozen: Frozen
+) -> Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]]:
     """Norms of each objective's summed gradient over an update, and the cosine of SFT and RL."""
-    gradients = one_at_a_time(mesh, jax.jit(make_named_gradients(losses)))
+    named = jax.jit(make_named_gradients(losses))
+    beside = (dict(frozen.trees),) if frozen.trees else ()
+    gradients = one_at_a_time(mesh, lambda params, micro_batch: named(params, micro_batch, *beside))
     add = jax.jit(lambda left, right: jax.tree.map(jnp.add, left, right), donate_argnums=0)
 
     @jax.jit

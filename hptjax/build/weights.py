@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hptjax.build.adapters import merge_on_host
 from hptjax.build.parts import Parts, fingerprint
 from hptjax.build.stages import build_stages
 from hptjax.config import ModelConfig
-from hptjax.models.folder import save_folder
+from hptjax.model_shape import asked_adapter
+from hptjax.models.folder import load_folder, save_folder
 from hptjax.models.folder_config import CONFIG_FILE, GENERATION_FILE, read_json
 from hptjax.models.folder_copy import TOKENIZER_FILES, copy_files
 from hptjax.models.folder_write import SHARD_BYTES, write_json
@@ -48,8 +50,10 @@ def load_weights(parts: Parts, checkpoint: str) -> Any:
 
 
 def export(parts: Parts, params: Params, folder: Path) -> None:
-    """Writes the model, given as host arrays, as a Hugging Face folder in bf16."""
-    model = parts.config.model
+    """Writes the model, given as host arrays of what was trained, as a Hugging Face folder in bf16; adapters merged."""
+    model, lora = parts.config.model, asked_adapter(parts.config)
+    if lora is not None and model.path is not None:
+        params = merge_on_host(load_folder(model.path)[1], params, lora.scale)
     write_model(folder, parts.policy.config, params, model, parts.policy.tokenizer, dtype="bfloat16")
 
 

@@ -21,6 +21,7 @@ from hptjax.models.shape import DecoderConfig, Llama3RopeScaling
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT: no model, but what belongs to one
 FAMILIES = {  # model type -> architecture, key table
     llama.MODEL_TYPE: (llama.ARCHITECTURE, llama.KEYS),
     qwen.QWEN2_MODEL_TYPE: (qwen.QWEN2_ARCHITECTURE, qwen.QWEN2_KEYS),
@@ -44,6 +45,10 @@ def read_shape(path: str | os.PathLike[str]) -> tuple[DecoderConfig, Sequence[Ch
     Raises no `config.json` -> FileNotFoundError; one that this decoder cannot follow -> ValueError naming the folder.
     """
     folder = pathlib.Path(path)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"expected a model folder, got the PEFT adapter '{folder}'; name it lora.adapter, and its model model.path"
+        )
     raw = read_json(folder / CONFIG_FILE)
     try:
         return read_config(raw)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from hptjax.models.folder import DERIVED, expected_shapes
 from hptjax.models.folder_config import read_eos_ids, read_shape
 from hptjax.models.folder_files import FLOATS, StoredTensor, open_tensors
+from hptjax.models.lora_config import read_adapter_shape
+from hptjax.models.lora_folder import open_adapter
 from hptjax.models.shape import DecoderConfig
 from hptjax.models.tensor_stats import TensorStats, tensor_stats
 
@@ -73,6 +75,27 @@ def folder_report(folder: pathlib.Path) -> FolderReport:
         notes.append(f"{len(derived)} buffers that follow from the config are left alone, such as {derived[0]}")
     notes += [f"{report.name}: {word}" for report in reports if (word := _noted(report))]
     return FolderReport(shape, reports, problems, notes)
+
+
+def adapter_report(folder: pathlib.Path) -> FolderReport:
+    """As `folder_report`, of a PEFT adapter; whether it fits a model is seen where it meets one."""
+    problems: list[str] = []
+    notes: list[str] = []
+    try:
+        shape = read_adapter_shape(folder)
+        kind = ", rank-stabilised" if shape.rank_stabilised else ""
+        notes.append(f"rank {shape.rank}, alpha {shape.alpha:g}{kind}, on {', '.join(shape.targets)}")
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+    with contextlib.ExitStack() as files:
+        try:
+            tensors = open_adapter(folder, files)
+        except (ValueError, OSError) as error:
+            return FolderReport(None, [], [*problems, str(error)], notes)
+        reports = [_tensor_report(tensors[name], {}, tensors, None) for name in sorted(tensors, key=_in_order)]
+    problems += [f"{report.name}: {report.problem}" for report in reports if report.problem]
+    notes += [f"{report.name}: {word}" for report in reports if (word := _noted(report))]
+    return FolderReport(None, reports, problems, notes)
 
 
 def _in_order(name: str) -> list[tuple[bool, int, str]]:

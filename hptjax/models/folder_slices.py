@@ -36,14 +36,15 @@ def folder_shape(path: str | os.PathLike[str]) -> DecoderConfig:
     return read_shape(path)[0]
 
 
-def load_placed(path: str | os.PathLike[str], shardings: Any) -> Params:
-    """The parameters of a folder as float32 device arrays, each process reading the parts that its own devices hold.
+def load_placed(path: str | os.PathLike[str], shardings: Any, *, dtype: Any = jnp.float32) -> Params:
+    """The parameters of a folder as device arrays, each process reading the parts that its own devices hold.
 
     A stacked parameter is filled layer by layer, so that beside the arrays no more than one layer of one parameter, or
     the embedding, is in the host's memory.
 
     Args
       shardings: of every parameter, in the tree of `hptjax.models.decoder`.
+      dtype: of the arrays; the scales of norms are float32 all the same.
 
     Raises as `load_folder`; of weights that are not finite, a process sees those that it reads.
     """
@@ -52,22 +53,28 @@ def load_placed(path: str | os.PathLike[str], shardings: Any) -> Params:
         config, keys, tensors = open_model(pathlib.Path(path), files)
         shapes = traverse_util.flatten_dict(param_shapes(config))
         flat = {
-            entry.path: _place(entry, shapes[entry.path], places[entry.path], tensors.__getitem__)
+            entry.path: _place(
+                entry,
+                shapes[entry.path],
+                places[entry.path],
+                tensors.__getitem__,
+                jnp.float32 if entry.path[-1].endswith("norm") else dtype,
+            )
             for entry in keys
             if entry.path in shapes
         }
     return traverse_util.unflatten_dict(flat)
 
 
-def _place(entry: CheckpointKey, shape: tuple[int, ...], place: Any, tensor: Tensors) -> Array:
+def _place(entry: CheckpointKey, shape: tuple[int, ...], place: Any, tensor: Tensors, dtype: Any) -> Array:
     """A parameter where its sharding says."""
     layer = _layer_sharding(entry, place)
     if layer is None:
-        return jax.make_array_from_callback(shape, place, _reader(entry, shape, tensor))
-    whole = jnp.zeros(shape, jnp.float32, device=place)
+        return jax.make_array_from_callback(shape, place, _reader(entry, shape, tensor, dtype))
+    whole = jnp.zeros(shape, dtype, device=place)
     for number in range(shape[0]):
         one = CheckpointKey(("layer",), entry.key.format(layer=number), entry.input_axes)
-        part = jax.make_array_from_callback(shape[1:], layer, _reader(one, shape[1:], tensor))
+        part = jax.make_array_from_callback(shape[1:], layer, _reader(one, shape[1:], tensor, dtype))
         whole = _with_layer(place)(whole, part, number)
         jax.block_until_ready(whole)  # or the parts of many layers would wait in memory
     return whole
@@ -92,14 +99,14 @@ def _with_layer(place: Any) -> Callable[[Array, Array, int], Array]:
     return jax.jit(write, donate_argnums=0, out_shardings=place)
 
 
-def _reader(entry: CheckpointKey, shape: tuple[int, ...], tensor: Tensors) -> Callable[[Index | None], Any]:
+def _reader(entry: CheckpointKey, shape: tuple[int, ...], tensor: Tensors, dtype: Any) -> Callable[[Index | None], Any]:
     """The function that reads a part of a parameter; a part that several devices hold is read once."""
     known: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def read(index: Index | None) -> np.ndarray:
         ranges = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         if ranges not in known:
-            known[ranges] = read_part(entry, shape, ranges, tensor)
+            known[ranges] = read_part(entry, shape, ranges, tensor).astype(dtype, copy=False)
         return known[ranges]
 
     return read

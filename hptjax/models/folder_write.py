@@ -71,9 +71,7 @@ def write_weights(
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     folder.mkdir(parents=True, exist_ok=True)
     for name, keys in zip(names, shards, strict=True):
-        partial = folder / f"{name}.partial"
-        save_file({key: tensor(key) for key in keys}, partial, metadata={"format": "pt"})
-        partial.chmod(0o666 & ~_umask())  # safetensors lets only the owner read
+        write_tensors(folder / f"{name}.partial", {key: tensor(key) for key in keys})
     index = {
         "metadata": {"total_size": sum(sizes.values())},
         "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in keys},
@@ -86,6 +84,12 @@ def write_weights(
         os.replace(folder / f"{name}.partial", folder / name)
     for name, value in documents.items():
         write_json(folder / name, value)
+
+
+def write_tensors(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
+    """A safetensors file that whoever may read the folder can read."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~_umask())  # safetensors lets only the owner read
 
 
 def _weights_in(folder: pathlib.Path, names: Sequence[str]) -> list[str]:

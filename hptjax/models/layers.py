@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Float
 
 from hptjax.models.attention import Attend
@@ -16,6 +17,31 @@ from hptjax.types import Array
 
 # constrain(x, logical axis names) -> x, placed on a mesh by whoever knows one
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+
+
+@struct.dataclass
+class Adapted:
+    """A matrix with a low-rank addition that is trained in its stead: W + A B, never formed; see `models/lora.py`.
+
+    Args
+      kernel: W, [inputs, outputs] in as many axes as it has. down: A, [inputs, R]. up: B, [R, outputs], scaled.
+    """
+
+    kernel: Array
+    down: Array
+    up: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.kernel.shape
+
+
+def linear(x: Float[Array, "B T I"], weight: Array | Adapted) -> Float[Array, "B T O"]:
+    """x W, or x W + (x A) B; the weights in x's dtype, inputs and outputs flattened to an axis each."""
+    if isinstance(weight, Adapted):
+        return linear(x, weight.kernel) + linear(linear(x, weight.down), weight.up)
+    return matmul(x, weight.astype(x.dtype).reshape(x.shape[-1], -1))
 
 
 def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
@@ -49,7 +75,7 @@ def layer(
 
     Returns the new hidden states, and this layer's rotated keys and values for a cache.
     """
-    dtype, eps = hidden.dtype, config.rms_norm_eps
+    eps = config.rms_norm_eps
     normed = rms_norm(hidden, weights["attention_norm"], eps)
     query, key, value = (_project(normed, weights, name) for name in ("query", "key", "value"))  # [B T heads E]
     if config.qk_norm:
@@ -59,9 +85,7 @@ def layer(
     key = constrain(rotate(key, *turn), ("batch", "time", "kv_heads", "head_dim"))
     value = constrain(value, ("batch", "time", "kv_heads", "head_dim"))
     mixed = attend(query, key, value)  # [B T H E]
-    hidden = hidden + matmul(
-        mixed.reshape(*mixed.shape[:2], -1), weights["output"].astype(dtype).reshape(-1, hidden.shape[-1])
-    )
+    hidden = hidden + linear(mixed.reshape(*mixed.shape[:2], -1), weights["output"])
     hidden = constrain(hidden, ("batch", "time", "features"))
     hidden = hidden + swiglu(rms_norm(hidden, weights["mlp_norm"], eps), weights, constrain)
     return constrain(hidden, ("batch", "time", "features")), key, value
@@ -93,15 +117,13 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def swiglu(x: Float[Array, "B T D"], weights: dict[str, Any], constrain: Constrain) -> Float[Array, "B T D"]:
     """(silu(x W_gate) * x W_up) W_down."""
-    gate = matmul(x, weights["gate"].astype(x.dtype))
-    up = matmul(x, weights["up"].astype(x.dtype))
+    gate, up = linear(x, weights["gate"]), linear(x, weights["up"])
     inner = constrain(jax.nn.silu(gate) * up, ("batch", "time", "mlp"))
-    return matmul(inner, weights["down"].astype(x.dtype))
+    return linear(inner, weights["down"])
 
 
 def _project(x: Float[Array, "B T D"], weights: dict[str, Any], name: str) -> Float[Array, "B T N E"]:
-    kernel = weights[name].astype(x.dtype)  # [D N E]
-    heads = matmul(x, kernel.reshape(kernel.shape[0], -1)).reshape(*x.shape[:2], *kernel.shape[1:])
+    heads = linear(x, weights[name]).reshape(*x.shape[:2], *weights[name].shape[1:])
     if f"{name}_bias" not in weights:
         return heads
     return heads + weights[f"{name}_bias"].astype(x.dtype)[None, None, :, :]

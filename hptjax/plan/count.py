@@ -58,23 +58,30 @@ def forward_flops(shape: DecoderConfig, *, tokens: int, pairs: float, logits: in
     )
 
 
-def train_flops(forward: Flops, *, again_matmuls: float, again_attention: float, flash: bool) -> Flops:
+def train_flops(
+    forward: Flops, *, again_matmuls: float, again_attention: float, flash: bool, adapters: float | None = None
+) -> Flops:
     """Of a micro-step: forward, backward and what the backward pass recomputes.
 
     Args
       again_matmuls: operations of the layers' weights that are done again. again_attention: share of attention's.
       flash: whether the attention keeps no scores and makes them again in its backward pass.
+      adapters: of their forward pass, where they are trained and the weights have no gradients; None: all is trained.
     """
+    of_weights = BACKWARD if adapters is None else BACKWARD - 1
     return Flops(
-        matmuls=forward.matmuls * (1 + BACKWARD) + again_matmuls,
+        matmuls=forward.matmuls * (1 + of_weights) + again_matmuls + (1 + BACKWARD) * (adapters or 0.0),
         attention=forward.attention * (1 + again_attention + (FLASH_BACKWARD if flash else BACKWARD)),
-        unembedding=forward.unembedding * (2 + BACKWARD),  # the chunks' logits are always made again
+        unembedding=forward.unembedding * (2 + of_weights),  # the chunks' logits are always made again
     )
 
 
-def model_flops(shape: DecoderConfig, *, tokens: int, pairs: float) -> float:
+def model_flops(shape: DecoderConfig, *, tokens: int, pairs: float, adapters: float | None = None) -> float:
     """Of a forward and backward pass without any recomputation and with causal pairs only: what MFU is a share of."""
-    return (1 + BACKWARD) * forward_flops(shape, tokens=tokens, pairs=pairs, logits=tokens).total
+    forward = forward_flops(shape, tokens=tokens, pairs=pairs, logits=tokens)
+    if adapters is None:
+        return (1 + BACKWARD) * forward.total
+    return BACKWARD * forward.total + forward.attention + (1 + BACKWARD) * adapters
 
 
 def causal_pairs(rows: int, row_tokens: int, sample_tokens: int) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hptjax.build.attention import cache_block, training_implementation
 from hptjax.config import Config
+from hptjax.model_shape import adapter_count, asked_adapter
 from hptjax.models.attention import Implementation
 from hptjax.models.shape import DecoderConfig
-from hptjax.plan.count import Flops, forward_flops, train_flops
+from hptjax.plan.count import Flops, forward_flops, layer_weights, train_flops
 
 NOTHING = Flops(0.0, 0.0, 0.0)
 # Of the layers' forward pass, what each remat policy does again in the backward pass: (weights' matmuls, attention).
@@ -32,22 +35,33 @@ def program_flops(config: Config, shape: DecoderConfig, name: str, *, platform: 
         kind = training_implementation(config, shape, config.mesh.sequence, platform)
         pairs = batch.rows * multiplied_pairs(config, kind)
         forward = forward_flops(shape, tokens=positions, pairs=pairs, logits=positions)
+        adapters = adapter_flops(config, shape, positions)
         if name == "score":
-            return forward
+            return dataclasses.replace(forward, matmuls=forward.matmuls + (adapters or 0.0))
         matmuls, attention = DONE_AGAIN[config.model.remat]
         if kind in ("reference", "cudnn") and config.model.remat == "attention":
             attention = 1.0  # these name nothing that could be kept
         down = shape.mlp_size * shape.hidden_size * shape.num_layers * 2.0 * positions
         again = matmuls * (forward.matmuls - down)
-        return train_flops(forward, again_matmuls=again, again_attention=attention, flash=kind != "reference")
+        flash = kind != "reference"
+        return train_flops(forward, again_matmuls=again, again_attention=attention, flash=flash, adapters=adapters)
     if name == "prefill":
         bucket = rollout.prompt_buckets[-1]
         pairs = float(rollout.prefill_rows * bucket * bucket)
         return forward_flops(shape, tokens=rollout.prefill_rows * bucket, pairs=pairs, logits=0)
+    lora = asked_adapter(config)
+    if name == "merge" and lora is not None:
+        return Flops(2.0 * lora.rank * layer_weights(shape), 0.0, 0.0)  # at most: of all seven matrices
     if name == "decode":
         tokens = rollout.slots * rollout.tokens_per_call
         return forward_flops(shape, tokens=tokens, pairs=float(tokens * cached_positions(config)), logits=tokens)
     return NOTHING
+
+
+def adapter_flops(config: Config, shape: DecoderConfig, tokens: int) -> float | None:
+    """Of a forward pass of so many tokens through the adapters; None where the model is trained."""
+    lora = asked_adapter(config)
+    return None if lora is None else 2.0 * tokens * adapter_count(shape, lora)
 
 
 def program_turns(config: Config, name: str) -> tuple[int, ...]:

@@ -20,11 +20,12 @@ from hptjax.plan.chips import Slices
 from hptjax.plan.compiled import Compiled, compile_program, kept, key_of
 from hptjax.plan.count import bytes_per_device, causal_pairs, entries, model_flops
 from hptjax.plan.estimate import Roofline, StepTime, roofline
-from hptjax.plan.operations import program_flops, program_turns
+from hptjax.plan.operations import adapter_flops, program_flops, program_turns
 from hptjax.plan.programs import RunPrograms, rollouts_per_step, run_programs
 from hptjax.plan.topology import mesh_on
 
 TRAINING = ("train step", "score")
+FROZEN = "model beside the adapters"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Plan:
     """A config on a topology and a mesh.
 
     Args
-      rows: batch.rows. held: what is held, in bytes per device, by name. programs: by name.
+      rows: batch.rows. parameters: that are trained; frozen: beside them. programs: by name.
+      held: what is held, in bytes per device, by name.
       step: of the whole run, estimated; None where a program does not fit.
       largest_rows: the most batch.rows with which the train step was found to fit, or None where it was not looked for.
       too_many_rows: the fewest with which it was found not to.
@@ -66,6 +68,7 @@ class Plan:
     rows: int
     row_tokens: int
     parameters: int
+    frozen: int
     held: dict[str, float]
     programs: dict[str, ProgramPlan]
     step: StepTime | None
@@ -136,6 +139,7 @@ def make_plan(
         rows=config.batch.rows,
         row_tokens=config.batch.row_tokens,
         parameters=entries(programs.state.params),
+        frozen=entries(programs.frozen),
         held=held,
         programs=planned,
         step=None,
@@ -155,6 +159,7 @@ def held_bytes(programs: RunPrograms) -> dict[str, float]:
     }
     return {
         **known,
+        **({FROZEN: bytes_per_device(programs.frozen)} if programs.frozen else {}),
         "counters and checks": bytes_per_device(programs.state) - sum(known.values()),
         "micro-batch": bytes_per_device(programs.micro_batch),
         "weights of rollouts": bytes_per_device(programs.decode_params) if programs.copies_weights else 0.0,
@@ -167,14 +172,17 @@ def held_bytes(programs: RunPrograms) -> dict[str, float]:
 def _resident(name: str, held: dict[str, float], programs: RunPrograms) -> float:
     """What stays in memory beside a program's arguments: the rest of the train state, or all of it."""
     state = held["parameters"] + held["optimizer"] + held["accumulator"] + held["counters and checks"]
+    frozen = held.get(FROZEN, 0.0)
     if name == "train step":
         return 0.0
-    if name in ("score", "reshard"):
+    if name in ("score", "merge") or (name == "reshard" and not frozen):
         return state - held["parameters"]
+    if name == "reshard":
+        return state + frozen
     if name == "enter":
-        return state + held["weights of rollouts"]
+        return state + frozen + held["weights of rollouts"]
     beside = held["KV cache"] if name == "prefill" else held["prefilled prompts"]
-    return beside + (state if programs.copies_weights else state - held["parameters"])
+    return beside + (state + frozen if programs.copies_weights else state - held["parameters"])
 
 
 def step_time(config: Config, stage: StageConfig, shape: DecoderConfig, plan: Plan, programs: RunPrograms) -> StepTime:
@@ -189,7 +197,7 @@ def step_time(config: Config, stage: StageConfig, shape: DecoderConfig, plan: Pl
         calls = -(-config.rollout.max_completion_tokens // config.rollout.tokens_per_call)
         seconds = {name: program.time.seconds for name, program in plan.programs.items()}
         sampled = prefills * seconds["prefill"] + fills * (seconds["enter"] + calls * seconds["decode"])
-        sampled += seconds.get("reshard", 0.0)
+        sampled += seconds.get("merge", 0.0) + seconds.get("reshard", 0.0)
     train = plan.programs["train step"]
     tokens = updates * micro_batches * config.batch.rows * config.batch.row_tokens
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
@@ -200,5 +208,5 @@ def step_time(config: Config, stage: StageConfig, shape: DecoderConfig, plan: Pl
         score_s=scored,
         train_s=updates * (micro_batches * train.time.seconds + train.update_time.seconds),
         tokens=float(tokens),
-        model_flops=model_flops(shape, tokens=tokens, pairs=pairs),
+        model_flops=model_flops(shape, tokens=tokens, pairs=pairs, adapters=adapter_flops(config, shape, tokens)),
     )

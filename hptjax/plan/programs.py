@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from hptjax.build.adapters import BASE, Adapters, Frozen, as_used, place_adapters, seeing
 from hptjax.build.frozen import make_score
 from hptjax.build.policy import Functions, build_functions
 from hptjax.build.stages import Step, build_step
 from hptjax.config import Config, StageConfig
 from hptjax.losses.estimator import Need
+from hptjax.model_shape import asked_adapter
 from hptjax.models import decoder
 from hptjax.models.shape import DecoderConfig
 from hptjax.rollout.admission import entry_table
@@ -39,14 +41,15 @@ class RunPrograms:
     """Shapes with their places, and the lowering of each program.
 
     Args
-      state: the train state; micro_batch; decode_params: the weights that rollouts use; cache: the KV cache; rows: the
-        contexts of one prefill call.
+      state: the train state; frozen: the model beside it, where adapters are trained; micro_batch; decode_params: the
+        weights that rollouts use; cache: the KV cache; rows: the contexts of one prefill call.
       lower: program name -> its lowering; nothing is traced before the call.
       scores: whether the method scores its micro-batches before it trains on them. copies_weights: whether rollouts
         have weights of their own.
     """
 
     state: TrainState
+    frozen: Any
     micro_batch: MicroBatch
     decode_params: Any
     cache: Any
@@ -60,26 +63,40 @@ def run_programs(config: Config, stage: StageConfig, shape: DecoderConfig, mesh:
     """The programs of one stage of a config, for a model of this shape, on this mesh."""
     model = build_functions(config, shape, mesh)
     params = _params(shape, model.shardings, jnp.float32)
-    step = build_step(config, stage, model.token_stats, params, model.shardings, mesh)
+    adapters = _adapters(config, shape, mesh, model, params)
+    frozen = Frozen() if adapters is None else adapters.frozen
+    trained, places = (params, model.shardings) if adapters is None else (adapters.params, adapters.shardings)
+    step = build_step(config, stage, model.token_stats, trained, places, mesh, frozen=frozen)
     state = _state(step)
     micro_batch = _micro_batch(step.empty, mesh, model.rules)
     is_last = jax.ShapeDtypeStruct((), jnp.bool_, sharding=replicated(mesh))
-    score = jax.jit(make_score(model.token_stats))
+    score, beside = make_score(model.token_stats), (dict(frozen.trees),) if adapters is not None else ()
+    scored = jax.jit(seeing(lambda trees, micro_batch: score(frozen.policy_of(trees), micro_batch)))
     lower: dict[str, Callable[[], jax.stages.Lowered]] = {
-        "train step": lambda: step.micro_step.__wrapped__.lower(state, micro_batch, is_last),  # type: ignore[attr-defined]
-        "score": lambda: score.lower(params, micro_batch),
+        "train step": lambda: step.micro_step.__wrapped__.lower(state, micro_batch, is_last, *beside),  # type: ignore[attr-defined]
+        "score": lambda: scored.lower(dict(frozen.trees), {"policy": trained}, micro_batch),
     }
-    decode_params, cache, rows, rollout = _rollout(config, shape, mesh, model, params)
+    decode_params, cache, rows, rollout = _rollout(config, shape, mesh, model, params, adapters)
     return RunPrograms(
         state=state,
+        frozen=dict(frozen.trees),
         micro_batch=micro_batch,
         decode_params=decode_params,
         cache=cache,
         rows=rows,
         lower=lower | rollout,
         scores=bool(step.recipe.looks) or Need.REFERENCE_LOGPROBS in step.recipe.needs,
-        copies_weights=model.decode_weights is not None,
+        copies_weights=model.decode_weights is not None or adapters is not None,
     )
+
+
+def _adapters(config: Config, shape: DecoderConfig, mesh: Mesh, model: Functions, params: Any) -> Adapters | None:
+    """The shapes of adapters and of the model beside them; None where the model is trained."""
+    lora, dtype = asked_adapter(config), jnp.dtype(config.model.compute_dtype)
+    if lora is None:
+        return None
+    base = _with_places(jax.eval_shape(functools.partial(as_used, dtype=dtype), params), model.shardings)
+    return place_adapters(shape, lora, base, mesh, model.rules, model.shardings, dtype)
 
 
 def _params(shape: DecoderConfig, shardings: Any, dtype: Any) -> Any:
@@ -119,7 +136,7 @@ def _micro_batch(empty: MicroBatch, mesh: Mesh, rules: Rules) -> MicroBatch:
 
 
 def _rollout(
-    config: Config, shape: DecoderConfig, mesh: Mesh, model: Functions, params: Any
+    config: Config, shape: DecoderConfig, mesh: Mesh, model: Functions, params: Any, adapters: Adapters | None
 ) -> tuple[Any, Any, Any, dict[str, Callable[[], jax.stages.Lowered]]]:
     """The weights of rollouts, their cache and prefilled rows, and the lowering of prefill, entry and decode."""
     rollout = config.rollout
@@ -141,10 +158,13 @@ def _rollout(
     )
     weights = params
     lower: dict[str, Callable[[], jax.stages.Lowered]] = {}
+    if adapters is not None:
+        weights = adapters.frozen.trees[BASE]  # merged, of the same types and places
+        lower["merge"] = lambda: adapters.merge.lower(adapters.frozen.trees[BASE], adapters.params)  # type: ignore[attr-defined]
     if model.decode_weights is not None:
-        move = jax.jit(model.decode_weights, out_shardings=model.decode_shardings)
-        weights = _with_places(jax.eval_shape(model.decode_weights, params), model.decode_shardings)
-        lower["reshard"] = lambda: move.lower(params)
+        move, moved = jax.jit(model.decode_weights, out_shardings=model.decode_shardings), weights
+        weights = _with_places(jax.eval_shape(model.decode_weights, moved), model.decode_shardings)
+        lower["reshard"] = lambda: move.lower(moved)
     places = model.rollout_shardings
     cache, settings, progress = jax.eval_shape(programs.empty, weights)
     key = jax.eval_shape(lambda: jax.random.key(0))

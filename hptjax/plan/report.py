@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hptjax.plan.plan import Plan, ProgramPlan
+from hptjax.plan.plan import FROZEN, Plan, ProgramPlan
 
 GIB, MIB = 2**30, 2**20
 WIDTH = 118
@@ -29,9 +29,12 @@ def print_plan(plan: Plan, file: Any) -> None:
 
 def headline(plan: Plan) -> str:
     """What was planned, in a line."""
+    parameters = f"{plan.parameters / 1e9:.2f} B parameters"
+    if plan.frozen:
+        parameters = f"{plan.frozen / 1e9:.2f} B parameters + {plan.parameters / 1e6:.2f} M of adapters"
     return (
         f"{plan.topology.name}  {plan.topology.chips} chips  mesh {mesh_words(plan)}  batch.rows {plan.rows} x "
-        f"{plan.row_tokens} tokens  remat {plan.remat}  {plan.parameters / 1e9:.2f} B parameters"
+        f"{plan.row_tokens} tokens  remat {plan.remat}  {parameters}"
     )
 
 
@@ -106,7 +109,7 @@ def program_table(plan: Plan) -> Table:
         if program.update_time.seconds:
             parts.append(("its update", program.update_time, 0.0, program.compiled.update_memory_bytes, True))
         for words, time, flops, memory, update in parts:
-            sent = sum(e.ici_bytes + e.dcn_bytes for e in program.compiled.exchanged if e.update == update)
+            sent = sum((e.ici_bytes + e.dcn_bytes for e in program.compiled.exchanged if e.update == update), 0.0)
             seconds = (time.compute_s, time.memory_s, time.ici_s, time.dcn_s, time.seconds)
             table.add_row(
                 words,
@@ -194,7 +197,7 @@ def advice(plan: Plan) -> list[str]:
     """What would make it fit: the numbers that the plan knows."""
     large, held = plan.too_large(), plan.held
     words = []
-    state = held["parameters"] + held["optimizer"] + held["accumulator"]
+    state = held["parameters"] + held["optimizer"] + held["accumulator"] + held.get(FROZEN, 0.0)
     if state > 0.6 * plan.usable_bytes:
         words.append(
             f"parameters, optimizer and accumulator alone hold {gib(state)} GiB: more chips, or a larger mesh.fsdp or "
@@ -258,6 +261,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "row_tokens": plan.row_tokens,
         "remat": plan.remat,
         "parameters": plan.parameters,
+        "frozen_parameters": plan.frozen,
         "usable_bytes": plan.usable_bytes,
         "fits": not plan.too_large(),
         "too_large": plan.too_large(),

@@ -14,6 +14,7 @@ from hptjax.build.attention import training_implementation
 from hptjax.build.mesh import check_mesh
 from hptjax.config import Config, MeshConfig
 from hptjax.config_batch import mesh_sizes, mesh_words, samples_per_update, stage_list
+from hptjax.model_shape import adapter_count, asked_adapter
 from hptjax.models.shape import DecoderConfig
 from hptjax.plan.chips import GIB, Slices
 from hptjax.plan.count import layer_weights
@@ -119,11 +120,13 @@ def judged(config: Config, shape: DecoderConfig, slices: Slices) -> Candidate:
     working = tokens * (6 * shape.mlp_size + 8 * shape.hidden_size) * COMPUTE_BYTES / sizes["tensor"]
     chunk = min(config.model.logprob_chunk_tokens * tokens / (batch.rows * batch.row_tokens), tokens)
     activations += working + 2 * GRADIENT_BYTES * chunk * shape.vocab_size / sizes["tensor"]
-    held = (STATE_BYTES + GRADIENT_BYTES) * weights / (gathered * sizes["tensor"])
+    lora = asked_adapter(config)
+    trained, still = (weights, 0) if lora is None else (adapter_count(shape, lora), COMPUTE_BYTES * weights)
+    held = ((STATE_BYTES + GRADIENT_BYTES) * trained + still) / (gathered * sizes["tensor"])
     held += 2 * COMPUTE_BYTES * layer_weights(shape) / shape.num_layers / sizes["tensor"]  # the layers being gathered
     flops = program_flops(config, shape, "train step").total / slices.chips
     share = (gathered - 1) / gathered
-    sent = share * weights / sizes["tensor"] * (2 * COMPUTE_BYTES + GRADIENT_BYTES)
+    sent = share / sizes["tensor"] * (2 * COMPUTE_BYTES * weights + GRADIENT_BYTES * trained)
     if sizes["tensor"] > 1:
         sent += 6 * shape.num_layers * tokens * shape.hidden_size * COMPUTE_BYTES * 2
     if sizes["sequence"] > 1:  # keys and values of whole rows: forward, again, and their gradients back
@@ -132,8 +135,8 @@ def judged(config: Config, shape: DecoderConfig, slices: Slices) -> Candidate:
         sent += 6 * shape.num_layers * whole_rows * kv_heads * shape.head_dim * COMPUTE_BYTES
     copies = sizes["data"]
     if copies > 1:
-        sent += 2 * (copies - 1) / copies * GRADIENT_BYTES * weights / (gathered * sizes["tensor"])
-    between = 2 * (slices.count - 1) / slices.count * GRADIENT_BYTES * weights / (gathered * sizes["tensor"])
+        sent += 2 * (copies - 1) / copies * GRADIENT_BYTES * trained / (gathered * sizes["tensor"])
+    between = 2 * (slices.count - 1) / slices.count * GRADIENT_BYTES * trained / (gathered * sizes["tensor"])
     # added up, as if nothing overlapped: of two that compute as long, the one that sends less per token is better
     seconds = flops / chip.flops + sent / chip.ring_bandwidth + between / chip.dcn_bandwidth
     return Candidate(config, held + activations, batch.rows * batch.row_tokens / seconds / slices.chips)

@@ -29,6 +29,9 @@ TokenLoss = Callable[[TokenView, Float[Array, "B T"]], Float[Array, "B T"]]
 TokenStatsFn = Callable[[Params, MicroBatch], TokenStats]
 """Policy parameters and a micro-batch -> log-probs and entropy of its target tokens: the only model call."""
 
+PolicyOf = Callable[[Mapping[str, Params]], Params]
+"""Named parameter trees -> what the model call takes as the policy: the tree of that name, or more of them in one."""
+
 ValueHead = Callable[[Params, Float[Array, "B T D"], Bool[Array, "B T"]], Float[Array, "B T"]]
 """The critic's parameters, hidden states, live tokens -> values in reward units, 0 where not live."""
 
@@ -78,10 +81,16 @@ def term_view(view: TokenView, micro_batch: MicroBatch, name: str) -> TokenView:
     return dataclasses.replace(view, live=micro_batch.planes[name].weights != 0)
 
 
+def policy_tree(trees: Mapping[str, Params]) -> Params:
+    """The tree named `policy`: what the model call takes, where all of the model is trained."""
+    return trees["policy"]
+
+
 def make_losses(
     token_stats: TokenStatsFn,
     token_losses: Mapping[str, TokenLoss],
     *,
+    policy_of: PolicyOf = policy_tree,
     scored: bool = False,
     stability_mask: StabilityMask | None = None,
     value_head: ValueHead | None = None,
@@ -89,7 +98,7 @@ def make_losses(
     """The `Losses` of a policy objective: named scalar sums and named statistics.
 
     Args
-      token_stats: the model call, for the tree named `policy`.
+      token_stats: the model call. policy_of: what it takes, of the named trees.
       token_losses: term name -> token loss; a micro-batch must carry a plane of each name.
       scored: whether `rollout_logprobs` come from a score pass, so that the distance to them means something.
       stability_mask: of the `rl` term; its share of masked tokens is then reported.
@@ -100,7 +109,7 @@ def make_losses(
     """
 
     def losses(params: Mapping[str, Params], micro_batch: MicroBatch) -> tuple[dict[str, Any], dict[str, Stat]]:
-        stats = token_stats(params["policy"], micro_batch)
+        stats = token_stats(policy_of(params), micro_batch)
         values = None
         if value_head is not None:
             hidden = jax.lax.stop_gradient(stored(stats.hidden, "hidden"))

@@ -229,22 +229,31 @@ def placed(state: TrainState, places: Sequence[jax.sharding.Sharding]) -> TrainS
     return jax.tree.unflatten(treedef, jax.device_put(leaves, list(places)))
 
 
-def jit_step(step: MicroStep, places: Sequence[jax.sharding.Sharding]) -> MicroStep:
+def jit_step(
+    step: Callable[..., TrainState],
+    places: Sequence[jax.sharding.Sharding],
+    frozen: Mapping[str, Params] | None = None,
+) -> MicroStep:
     """The step compiled, its state donated, every leaf that it returns placed as `places` says.
+
+    Args
+      frozen: parameter trees that the step reads beside its state and never changes.
 
     Without the exact places, a state that comes back may differ in the spelling of its shardings from the one that went
     in, and the second call would compile again. `__wrapped__` is the compiled function, on leaves.
     """
 
-    def leaves_after(state: TrainState, micro_batch: MicroBatch, is_last: Any) -> list[Any]:
-        return jax.tree.leaves(step(state, micro_batch, is_last))
+    beside = () if frozen is None else (dict(frozen),)  # an argument, or the compiler would copy it into the program
+
+    def leaves_after(state: TrainState, micro_batch: MicroBatch, is_last: Any, *beside: Any) -> list[Any]:
+        return jax.tree.leaves(step(state, micro_batch, is_last, *beside))
 
     compiled = jax.jit(leaves_after, donate_argnums=0, out_shardings=list(places))
 
     @functools.wraps(compiled)
     def micro_step(state: TrainState, micro_batch: MicroBatch, is_last: Any) -> TrainState:
         treedef = jax.tree.structure(state)
-        return jax.tree.unflatten(treedef, compiled(state, micro_batch, is_last))
+        return jax.tree.unflatten(treedef, compiled(state, micro_batch, is_last, *beside))
 
     return micro_step
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from hptjax.train.checksum import NOT_CHECKED, LeafChecks, first_wrong, holds, o
 from hptjax.train.state import LIMB, Chain, Report, Totals, TrainState, Window, empty_window, wide
 from hptjax.types import Array, MicroBatch, Params, Peak, Stat, SumCount
 
+NOTHING: Mapping[str, Params] = MappingProxyType({})
 Losses = Callable[[Mapping[str, Params], MicroBatch], tuple[dict[str, Any], dict[str, Stat]]]
 """Named parameter trees and a micro-batch -> named scalar losses (sums, never means) and named statistics."""
 
@@ -52,7 +54,7 @@ def make_micro_step(
     *,
     skip_norm: float | None = None,
     checksum_every: int = 1,
-) -> Callable[[TrainState, MicroBatch, Bool[Array, ""]], TrainState]:
+) -> Callable[..., TrainState]:
     """The step function of a run, to be jitted with its state donated.
 
     Args
@@ -61,15 +63,20 @@ def make_micro_step(
       skip_norm: a window whose largest chain norm, before clipping, is above it changes nothing and is counted.
       checksum_every: the sums of window 0, n, 2n, ... are checked leaf by leaf; 0: of window 0 only.
 
-    Returns `micro_step(state, micro_batch, is_last)`. Within a window the micro-batches carry `micro_index` 0, 1, ...
-    and the same plan (`planned_tokens`, `planned_digest`). After `is_last` the outcome is in `state.report`; the
-    schedule, the moments and the parameters move only if its status is `UPDATED`.
+    Returns `micro_step(state, micro_batch, is_last, frozen={})`. Within a window the micro-batches carry `micro_index`
+    0, 1, ... and the same plan (`planned_tokens`, `planned_digest`). After `is_last` the outcome is in `state.report`;
+    the schedule, the moments and the parameters move only if its status is `UPDATED`. The losses see the `frozen` trees
+    beside those of the state; nothing is differentiated, added up or updated for them.
     """
 
     def fused_loss(
-        params: Mapping[str, Params], probe: Float[Array, " M"], micro_batch: MicroBatch, live_tokens: Int[Array, ""]
+        params: Mapping[str, Params],
+        probe: Float[Array, " M"],
+        micro_batch: MicroBatch,
+        live_tokens: Int[Array, ""],
+        frozen: Mapping[str, Params],
     ) -> tuple[Array, dict[str, Stat]]:
-        named, stats = losses(params, micro_batch)
+        named, stats = losses({**frozen, **params}, micro_batch)
         total = witness_loss(probe, micro_batch.micro_index, live_tokens)
         for name in sorted(named):
             total = total + named[name].astype(jnp.float32)
@@ -137,7 +144,12 @@ def make_micro_step(
             report=report,
         )
 
-    def micro_step(state: TrainState, micro_batch: MicroBatch, is_last: Bool[Array, ""]) -> TrainState:
+    def micro_step(
+        state: TrainState,
+        micro_batch: MicroBatch,
+        is_last: Bool[Array, ""],
+        frozen: Mapping[str, Params] = NOTHING,
+    ) -> TrainState:
         if micro_batch.completion_mask.size >= EXACT_FLOAT32_INTEGERS:
             raise ValueError(
                 f"expected batch.rows x batch.row_tokens below {EXACT_FLOAT32_INTEGERS}, so that the witness is exact "
@@ -146,7 +158,7 @@ def make_micro_step(
         live_tokens = jnp.sum(micro_batch.completion_mask, dtype=jnp.int32)
         probe = jnp.zeros(micro_batch.planned_tokens.shape, jnp.float32)
         (gradients, witness), stats = jax.grad(fused_loss, argnums=(0, 1), has_aux=True)(
-            state.params, probe, micro_batch, live_tokens
+            state.params, probe, micro_batch, live_tokens, frozen
         )
         chains = {
             name: dataclasses.replace(chain, sums=add(chain.sums, gradients[name], witness))
@@ -186,18 +198,22 @@ def make_micro_step(
     return micro_step
 
 
-def make_named_gradients(losses: Losses) -> Callable[[Mapping[str, Params], MicroBatch], dict[str, dict[str, Params]]]:
-    """A probe: objective name -> parameter tree name -> gradient of that objective alone, for one micro-batch.
+def make_named_gradients(losses: Losses) -> Callable[..., dict[str, dict[str, Params]]]:
+    """A probe, (params, micro_batch, frozen={}): objective name -> parameter tree name -> gradient of that one alone.
 
     One backward per objective; the gradients of a window's micro-batches add, as in `micro_step`.
     """
 
-    def one_loss(name: str, params: Mapping[str, Params], micro_batch: MicroBatch) -> Array:
-        return losses(params, micro_batch)[0][name]
+    def one_loss(
+        name: str, params: Mapping[str, Params], micro_batch: MicroBatch, frozen: Mapping[str, Params]
+    ) -> Array:
+        return losses({**frozen, **params}, micro_batch)[0][name]
 
-    def named_gradients(params: Mapping[str, Params], micro_batch: MicroBatch) -> dict[str, dict[str, Params]]:
-        names = jax.eval_shape(losses, params, micro_batch)[0]
-        return {name: jax.grad(one_loss, argnums=1)(name, dict(params), micro_batch) for name in sorted(names)}
+    def named_gradients(
+        params: Mapping[str, Params], micro_batch: MicroBatch, frozen: Mapping[str, Params] = NOTHING
+    ) -> dict[str, dict[str, Params]]:
+        names = jax.eval_shape(losses, {**frozen, **params}, micro_batch)[0]
+        return {name: jax.grad(one_loss, argnums=1)(name, dict(params), micro_batch, frozen) for name in sorted(names)}
 
     return named_gradients
 
