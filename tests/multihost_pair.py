@@ -138,9 +138,9 @@ def short_limit() -> Iterator[None]:
     """From the second step on, nobody is waited for longer than two seconds; compiling is over by then."""
     make_step = loop._step
 
-    def step(stage, state, progress, world, cadence):
+    def step(stage, state, progress, world, cadence, between):
         HERE.timeout_s = 2.0 if progress.step == 1 else HERE.timeout_s
-        return make_step(stage, state, progress, world, cadence)
+        return make_step(stage, state, progress, world, cadence, between)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_step", step)

@@ -70,6 +70,7 @@ def spent_by_rows(folder):
     return totals
 
 
+@pytest.mark.slow
 def test_compare_continued_runs_nothing_twice(compared):
     assert {path.parent.name for path in compared.finished_before} == {"hpt-seed0", "sft-seed0"}
     for path, (content, changed_at) in compared.finished_before.items():

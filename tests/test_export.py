@@ -126,6 +126,7 @@ def test_export_refuses_another_tokenizer_and_a_folder_that_is_no_run(run, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_export_of_a_model_from_scratch_says_what_ends_a_completion(tmp_path):
     config = tiny.tiny_config(tmp_path)
     config = changed(config, train__steps=1, train__eval_every=0, checkpoint__export_folder=str(tmp_path / "own"))

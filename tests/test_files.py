@@ -296,6 +296,7 @@ def test_files_run_that_is_taken_up_is_the_run_that_was_never_stopped(tmp_path):
         tiny.train(changed(config, train__steps=4))
 
 
+@pytest.mark.slow
 def test_files_without_demonstrations_train_by_rl_alone(tmp_path):
     """verl's validation files, and any set of questions with answers."""
     rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in ROWS]

@@ -140,6 +140,7 @@ def test_plan_agrees_with_the_unrolled_program(eight_devices, monkeypatch, compi
     assert rolled.unknown_loops == unrolled.unknown_loops == 0
 
 
+@pytest.mark.slow
 def test_plan_time_grows_with_the_layers(eight_devices):
     """Each further pair of layers costs the same operations, traffic and exchanges, and so the same time."""
     config = config_of()

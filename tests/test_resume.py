@@ -94,6 +94,7 @@ def uninterrupted(shared):
     return shared
 
 
+@pytest.mark.slow
 def test_resume_metrics_have_no_gaps_or_repeats(uninterrupted):
     steps = [row["step"] for row in rows(uninterrupted, "metrics.jsonl") if "witness/ok" in row]
     assert steps == [1, 2, 3, 4]

@@ -113,6 +113,7 @@ def test_relift_trains_demonstrations_of_failed_questions_with_a_second_optimize
     assert [row["schedule_step"] for row in apart] == list(range(len(apart)))
 
 
+@pytest.mark.slow
 def test_dapo_draws_questions_until_enough_groups_vary(folder, other_model):
     """Two questions a step; live are the whole groups of at most two questions that some rollouts solved."""
     config = config_of(folder, "dapo", other_model)
