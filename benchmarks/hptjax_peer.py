@@ -132,8 +132,7 @@ def time_training(folder: Path) -> None:
             state = stage.micro_step(state, placed, np.asarray(number == len(micro_batches) - 1))
         jax.block_until_ready(state)
         times.append(time.perf_counter() - began)
-        stats = state.report.stats
-        losses.append(float(stats["loss/sft"].total) / max(float(stats["loss/sft"].count), 1.0))
+        losses.append(float(state.report.stats["loss/sft"].total))  # already a mean over the update's tokens
         RECORD.first_done()
     count = OPTIONS.accum * rows * common.SEQ
     RECORD.done(times[2:], warm=times[:2], losses=losses[:3], tokens=count)
