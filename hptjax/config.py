@@ -173,6 +173,10 @@ class RolloutConfig:
     prompt_buckets: tuple[int, ...] = (24,)  # padded prompt lengths, ascending
     tokens_per_call: int = 8  # tokens decoded per call from the host
     cache_capacity: int = 48  # positions of the KV cache per slot
+    # positions of the KV cache of all slots together, in pages that samples take as they grow, so that memory follows
+    # real lengths; None: cache_capacity for each slot
+    cache_positions: int | None = None
+    cache_page: int = 64  # positions of a page
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,8 @@ AT_LEAST_ONE = (
     "task.instances data.train_questions data.validation_questions data.test_questions data.questions_per_step "
     "data.max_prompt_tokens "
     "rollout.group_size rollout.max_completion_tokens rollout.slots rollout.prefill_rows rollout.tokens_per_call "
-    "rollout.cache_capacity reward.workers batch.rows batch.row_tokens batch.max_segments batch.max_micro_batches "
+    "rollout.cache_capacity rollout.cache_page reward.workers "
+    "batch.rows batch.row_tokens batch.max_segments batch.max_micro_batches "
     "train.steps train.updates_per_rollout_batch train.log_every eval.questions eval.samples_per_question "
     "checkpoint.every_steps checkpoint.keep_last mesh.replica mesh.data mesh.fsdp mesh.sequence mesh.tensor "
     "methods.relift_buffer methods.dapo_draws methods.pear_block_tokens "
@@ -182,6 +183,14 @@ def _check_rollout(config: Config) -> None:
             f"{rollout.max_completion_tokens})",
             f"{rollout.cache_capacity}",
             "rollout.cache_capacity",
+        )
+    pages = -(-rollout.cache_capacity // rollout.cache_page)
+    if rollout.cache_positions is not None and rollout.cache_positions // rollout.cache_page < pages:
+        _refuse(
+            f"rollout.cache_positions of at least {pages * rollout.cache_page} (rollout.cache_capacity "
+            f"{rollout.cache_capacity} in pages of rollout.cache_page {rollout.cache_page}: room for one sample)",
+            f"{rollout.cache_positions}",
+            "rollout.cache_positions",
         )
     if rollout.top_p > 1:
         _refuse("rollout.top_p in (0, 1]", f"{rollout.top_p}", "rollout.top_p")

@@ -217,6 +217,8 @@ def test_config_nearest_key_survives_a_lost_letter(path):
         ({"rollout__prompt_buckets": (24, 12)}, ["ascending"]),
         ({"rollout__prompt_buckets": (12,)}, ["holds data.max_prompt_tokens (24)", "got 12"]),
         ({"rollout__cache_capacity": 47}, ["rollout.cache_capacity of at least 48", "got 47"]),
+        ({"rollout__cache_positions": 63}, ["rollout.cache_positions of at least 64", "room for one sample", "got 63"]),
+        ({"rollout__cache_page": 0}, ["rollout.cache_page at least 1"]),
         ({"method": "trapo"}, ["last prompt bucket of at least 36", "up to 12 tokens", "rollout.prompt_buckets"]),
         ({"method": "uft"}, ["last prompt bucket of at least 47", "got 24"]),
         (

@@ -17,12 +17,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hptjax.records import FinishReason
 from hptjax.rollout import engine as engine_module
-from hptjax.rollout.admission import FIELDS, NO_ROW, entry_table, plan_prefills
+from hptjax.rollout import running as running_module
+from hptjax.rollout.admission import FIELDS, NO_PAGE, copy_table, entry_table, plan_prefills
 from hptjax.rollout.engine import RolloutShardings, make_engine
+from hptjax.rollout.pages import Copy, make_room
 from hptjax.rollout.programs import make_programs
 from hptjax.rollout.seats import NOBODY, Seats
 from tests.test_rollout import (
-    CAPACITY,
     KEY,
     PARAMS,
     SHAPE,
@@ -52,10 +53,9 @@ def counted(monkeypatch):
                 calls.append(("prefill", tokens.shape[1]))
                 return programs.prefill(params, tokens, lengths)
 
-            def enter(cache, settings, progress, rows, entries):
-                count = int((entries[:, FIELDS.index("row")] != NO_ROW).sum())
-                calls.append(("enter", entries[:count, FIELDS.index("turn")].tolist()))
-                return programs.enter(cache, settings, progress, rows, entries)
+            def enter(cache, settings, progress, rows, entries, copies):
+                calls.append(("enter", np.flatnonzero(entries[:, FIELDS.index("enters")]).tolist()))
+                return programs.enter(cache, settings, progress, rows, entries, copies)
 
             def decode(*args, **keywords):
                 calls.append("decode")
@@ -183,42 +183,39 @@ def test_replay_on_two_devices_ignores_neighbours(eight_devices):
         assert_same_up_to_near_ties(asked_for, alone, mixed_samples()[place])
 
 
-def lowered(programs, truncated=False):
-    cache, settings, progress = jax.eval_shape(programs.empty, PARAMS)
-    tokens = jax.ShapeDtypeStruct((SHAPE.prefill_rows, 4), np.int32)
-    lengths = jax.ShapeDtypeStruct((SHAPE.prefill_rows,), np.int32)
-    rows = jax.eval_shape(programs.prefill, PARAMS, tokens, lengths)
-    entries = entry_table({}, SHAPE)
-    enter = programs.enter.lower(cache, settings, progress, rows, entries)
-    decode = programs.decode.lower(PARAMS, KEY, cache, settings, progress, truncated=truncated)
-    return rows, cache, enter, decode
-
-
-def test_enter_and_decode_change_the_cache_in_place_and_prefilled_rows_are_short():
+@pytest.mark.parametrize("sizes", [{}, {"cache_positions": 48, "cache_page": 4}])
+def test_enter_and_decode_change_the_cache_in_place_and_prefilled_rows_are_short(sizes):
     """The cache they are given is the one that they give back, and no second one is made on the way."""
-    rows, cache, enter, decode = lowered(make_programs(SHAPE, **make_policy(), shardings=None))
-    for leaf, whole in zip(jax.tree.leaves(rows), jax.tree.leaves(cache), strict=True):
-        assert leaf.shape[1:3] == (4, 4)
-        assert whole.shape[1:3] == (6, CAPACITY)
+    shape = dataclasses.replace(SHAPE, **sizes)
+    programs = make_programs(shape, **make_policy(), shardings=None)
+    cache, settings, progress = jax.eval_shape(programs.empty, PARAMS)
+    tokens = jax.ShapeDtypeStruct((shape.prefill_rows, 4), np.int32)
+    lengths = jax.ShapeDtypeStruct((shape.prefill_rows,), np.int32)
+    rows = jax.eval_shape(programs.prefill, PARAMS, tokens, lengths)
+    assert {leaf.shape[1:3] for leaf in jax.tree.leaves(rows)} == {(4, 4)}
     cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    for program in (enter, decode):
-        memory = program.compile().memory_analysis()
-        assert memory.alias_size_in_bytes >= cache_bytes
-    assert enter.compile().memory_analysis().temp_size_in_bytes < cache_bytes
+    tables = entry_table({}, shape), copy_table([], shape)
+    enter = programs.enter.lower(cache, settings, progress, rows, *tables).compile().memory_analysis()
+    assert enter.alias_size_in_bytes >= cache_bytes
+    assert enter.temp_size_in_bytes < cache_bytes
+    pages = make_room(shape).table()
+    decode = programs.decode.lower(PARAMS, KEY, cache, settings, progress, pages, truncated=False).compile()
+    assert decode.memory_analysis().alias_size_in_bytes >= cache_bytes
 
 
 def test_entry_table_holds_settings_exactly():
     asked = request(-7, 3, -2, prompt=3, prefix=2, limit=9, stop=(5, 1), temperature=0.7, top_k=4, top_p=0.3)
-    table = entry_table({4: (asked, 1), 2: (request(0), 0)}, SHAPE)
+    table = entry_table({4: asked, 2: request(0)}, SHAPE)
     line = dict(zip(FIELDS, table[4].tolist(), strict=False))
-    assert [line[name] for name in ("row", "question", "round", "index")] == [1, -7, -2, 3]
+    assert [line[name] for name in ("question", "round", "index")] == [-7, -2, 3]
     assert [line[name] for name in ("last_position", "prefix_len", "new_tokens", "top_k")] == [4, 2, 7, 4]
     assert line["last_token"] == asked.prefix_tokens[-1]
     reals = table[4, [FIELDS.index("temperature"), FIELDS.index("top_p")]].view(np.float32)
     np.testing.assert_array_equal(reals, np.array([0.7, 0.3], np.float32))
     assert table[4, len(FIELDS) :].tolist() == [1, 5, *[-1] * 6]
-    assert table[:2, FIELDS.index("turn")].tolist() == [4, 2]
-    assert (table[:, FIELDS.index("row")] != NO_ROW).tolist() == [False, False, True, False, True, False]
+    assert table[:, FIELDS.index("enters")].tolist() == [0, 0, 1, 0, 1, 0]
+    copies = copy_table([Copy(1, 0, 4), Copy(0, 0, 2)], SHAPE)
+    np.testing.assert_array_equal(copies, [[1, 0, 4], [0, 0, 2], *[[NO_PAGE] * 3] * 4])
 
 
 def report(tokens, counts, active):
@@ -233,13 +230,15 @@ def test_seats_finish_samples_and_forget_them():
     seats.enter({2: 0, 0: 1}, asked)
     assert seats.free() == [1]
     assert seats.wanted.tolist() == [2, 0, 5]
-    (done,) = seats.take(report([[1, 2], [9, 9], [3, 4]], [2, 0, 2], [0, 0, 1]))
+    ((slot, done),) = seats.take(report([[1, 2], [9, 9], [3, 4]], [2, 0, 2], [0, 0, 1]))
+    assert slot == 0
     assert (done.place, done.tokens.tolist(), done.logprobs.tolist()) == (1, [1, 2], [-0.125, -0.25])
     assert seats.wanted.tolist() == [0, 0, 3]
     seats.enter({0: 2}, asked)
     assert seats.take(report([[5, 6], [9, 9], [7, 8]], [2, 0, 2], [1, 0, 1])) == []
     both = seats.take(report([[7, 9], [9, 9], [5, 9]], [1, 0, 1], [0, 0, 0]))
-    assert [(one.place, one.tokens.tolist()) for one in both] == [(0, [3, 4, 7, 8, 5]), (2, [5, 6, 7])]
+    expected = [(2, 0, [3, 4, 7, 8, 5]), (0, 2, [5, 6, 7])]
+    assert [(slot, one.place, one.tokens.tolist()) for slot, one in both] == expected
     assert (seats.places == NOBODY).all()
     assert seats.take(report([[1, 1]] * 3, [0, 0, 0], [0, 0, 0])) == []
 
@@ -259,7 +258,7 @@ def test_calls_go_out_before_the_last_one_is_read_only_when_nobody_waits(counted
         calls.append("read")
         return jax.device_get(tree)
 
-    monkeypatch.setattr(engine_module, "to_host", to_host)
+    monkeypatch.setattr(running_module, "to_host", to_host)
     sample(PARAMS, [request(q, limit=limit, stop=()) for q, limit in enumerate([8, 2, 2])], KEY)
     order = [one for one in calls if one in ("decode", "read")]
     assert order == ["decode", "read", "decode", "decode", "read", "decode", "read", "read"]

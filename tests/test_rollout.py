@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from hptjax.models import decoder
 from hptjax.models.shape import DecoderConfig
 from hptjax.records import FinishReason, Request, SampleId, Source
-from hptjax.rollout import engine as engine_module
+from hptjax.rollout import running as running_module
 from hptjax.rollout.admission import plan_prefills
 from hptjax.rollout.engine import RolloutShardings, make_engine
 from hptjax.rollout.requests import DecodeShape, truncates
@@ -359,7 +359,7 @@ def test_rollout_compiles_once_for_all_settings_and_reads_one_array_per_call(mon
         reads.extend(leaf.shape for leaf in jax.tree.leaves(tree))
         return jax.device_get(tree)
 
-    monkeypatch.setattr(engine_module, "to_host", to_host)
+    monkeypatch.setattr(running_module, "to_host", to_host)
     sample = make_engine(**{name: counted(name) for name in policy}, **SIZES | {"prompt_buckets": (8,)})
     sample(PARAMS, [request(0, limit=16, stop=())], KEY)
     assert reads == [(6, 2 * 5 + 2)] * 4  # 16 tokens are 4 calls of 5

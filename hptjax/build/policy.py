@@ -105,6 +105,8 @@ def build_policy(config: Config) -> Policy:
         tokens_per_call=rollout.tokens_per_call,
         pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         prefill_rows=rollout.prefill_rows,
+        cache_positions=rollout.cache_positions,
+        cache_page=rollout.cache_page,
         shardings=model.rollout_shardings,
     )
     reshard = None

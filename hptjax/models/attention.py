@@ -136,20 +136,69 @@ def attention_step_in_blocks(
       cached_keys, cached_values: of all layers, because a slice of one layer would be a copy before the loop.
       block: positions, at most C.
     """
-    batch, _, num_heads, head_dim = query.shape
-    num_kv_heads, capacity = key.shape[2], cached_keys.shape[2]
-    query = (query * head_dim**-0.5).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    size = (1, batch, block, num_kv_heads, head_dim)
+    batch, capacity = query.shape[0], cached_keys.shape[2]
+    size = (1, batch, block, *key.shape[2:])
 
-    def turn(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        top, total, mixed = carry
+    def read(number: Array) -> tuple[Array, Array, Array]:
         # the last block begins early where it would reach over the end; what it shares with the one before is masked
         start = jnp.minimum(number * block, capacity - block)
         keys, values = (
             jax.lax.dynamic_slice(cached, (layer, 0, start, 0, 0), size)[0] for cached in (cached_keys, cached_values)
         )
         at = start + jnp.arange(block, dtype=jnp.int32)
-        mask = (at >= number * block)[None, :] & (at[None, :] < lengths[:, None])  # [B C]
+        return keys, values, (at >= number * block)[None, :] & (at[None, :] < lengths[:, None])
+
+    return _step_by_blocks(query, key, value, jnp.minimum(jnp.max(lengths), capacity), block, read)
+
+
+def attention_step_in_pages(
+    query: Float[Array, "B 1 H E"],
+    key: Float[Array, "B 1 K E"],
+    value: Float[Array, "B 1 K E"],
+    cached_keys: Float[Array, "L N C K E"],
+    cached_values: Float[Array, "L N C K E"],
+    layer: Int[Array, ""],
+    lengths: Int[Array, " B"],
+    pages: Int[Array, "B M"],
+) -> Float[Array, "B 1 H E"]:
+    """`attention_step_in_blocks` over a cache of N pages of C positions, which rows take as they grow.
+
+    Which pages a row has changes no bit of its result, and neither does what stands in other pages (if finite).
+
+    Args
+      pages: the page of each row's m-th block of C positions; anything where it has none.
+    """
+    page = cached_keys.shape[2]
+
+    def read(number: Array) -> tuple[Array, Array, Array]:
+        chosen = jax.lax.dynamic_index_in_dim(pages, number, axis=1, keepdims=False)
+        keys, values = (cached.at[layer, chosen].get(mode="clip") for cached in (cached_keys, cached_values))
+        at = number * page + jnp.arange(page, dtype=jnp.int32)
+        return keys, values, at[None, :] < lengths[:, None]
+
+    return _step_by_blocks(query, key, value, jnp.minimum(jnp.max(lengths), pages.shape[1] * page), page, read)
+
+
+def _step_by_blocks(
+    query: Float[Array, "B 1 H E"],
+    key: Float[Array, "B 1 K E"],
+    value: Float[Array, "B 1 K E"],
+    longest: Int[Array, ""],
+    block: int,
+    read: Callable[[Array], tuple[Array, Array, Array]],
+) -> Float[Array, "B 1 H E"]:
+    """The running softmax over the blocks that hold the first `longest` positions, beginning with the new one itself.
+
+    Args
+      read: number of a block -> its keys and values [B block K E], and where they are meant [B block].
+    """
+    batch, _, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[2]
+    query = (query * head_dim**-0.5).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+
+    def turn(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, mixed = carry
+        keys, values, mask = read(number)
         scores = jnp.einsum("bkre,bcke->bkrc", query, keys, preferred_element_type=jnp.float32)
         scores = jnp.where(mask[:, None, None, :], scores, MASKED_SCORE)
         new_top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), top)
@@ -160,7 +209,6 @@ def attention_step_in_blocks(
 
     own = jnp.einsum("bkre,bke->bkr", query, key[:, 0], preferred_element_type=jnp.float32)[..., None]
     own_value = jnp.broadcast_to(value.astype(jnp.float32).swapaxes(1, 2), query.shape)  # [B K R E]
-    longest = jnp.minimum(jnp.max(lengths), capacity)
     blocks = (longest + block - 1) // block
     _, total, mixed = jax.lax.fori_loop(0, blocks, turn, (own, jnp.ones_like(own), own_value))
     return (mixed / total).reshape(batch, 1, num_heads, head_dim).astype(value.dtype)

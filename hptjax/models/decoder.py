@@ -21,7 +21,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from hptjax.models.attention import PackedAttention, attention_step, attention_step_in_blocks, reference_attention
+from hptjax.models.attention import (
+    PackedAttention,
+    attention_step,
+    attention_step_in_blocks,
+    attention_step_in_pages,
+    reference_attention,
+)
 from hptjax.models.layers import Constrain, layer, rms_norm, unconstrained
 from hptjax.models.remat import Remat, rematerialised
 from hptjax.models.rope import rotation
@@ -32,7 +38,10 @@ EMBEDDING_STD = 0.02
 
 
 class Cache(NamedTuple):
-    """Rotated keys and values of the positions seen so far; what lies at or past a row's length is never read."""
+    """Rotated keys and values of the positions seen so far; what lies at or past a row's length is never read.
+
+    In pages, B counts them and C is their size.
+    """
 
     keys: Float[Array, "L B C K E"]
     values: Float[Array, "L B C K E"]
@@ -212,6 +221,7 @@ def decode_step(
     compute_dtype: Any,
     constrain: Constrain = unconstrained,
     cache_block: int | None = None,
+    pages: Int[Array, "B M"] | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Hidden state of one more token per row, and the cache with its keys and values at `lengths[b]`.
 
@@ -221,6 +231,8 @@ def decode_step(
     Args
       lengths: tokens already cached in each row; the new token's position.
       cache_block: None reads the whole cache; else so many positions at a time, up to the longest row's length.
+      pages: of each row's m-th C positions, where the cache is in pages; past the last page where it has none. Then
+        they are read one at a time.
     """
     capacity = cache.keys.shape[2]
     mask = jnp.arange(capacity, dtype=jnp.int32)[None, :] < lengths[:, None]  # [B C]
@@ -232,37 +244,39 @@ def decode_step(
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
         return hidden, (key[:, 0], value[:, 0])
 
-    def in_blocks(hidden: Array, xs: tuple[dict[str, Any], Array]) -> tuple[Array, tuple[Array, Array]]:
+    def in_parts(hidden: Array, xs: tuple[dict[str, Any], Array]) -> tuple[Array, tuple[Array, Array]]:
         weights, number = xs
-        attend = functools.partial(
-            attention_step_in_blocks,
-            cached_keys=cache.keys,
-            cached_values=cache.values,
-            layer=number,
-            lengths=lengths,
-            block=cache_block or capacity,
-        )
+        kept = {"cached_keys": cache.keys, "cached_values": cache.values, "layer": number, "lengths": lengths}
+        if pages is None:
+            attend = functools.partial(attention_step_in_blocks, block=cache_block or capacity, **kept)
+        else:
+            attend = functools.partial(attention_step_in_pages, pages=pages, **kept)
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
         return hidden, (key[:, 0], value[:, 0])
 
     hidden = _embed(params, tokens[:, None], compute_dtype, constrain)
-    if cache_block is None or cache_block >= capacity:
+    if pages is None and (cache_block is None or cache_block >= capacity):
         hidden, (keys, values) = jax.lax.scan(whole, hidden, (params["layers"], cache.keys, cache.values))  # [L B K E]
     else:
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        hidden, (keys, values) = jax.lax.scan(in_blocks, hidden, (params["layers"], numbers))
+        hidden, (keys, values) = jax.lax.scan(in_parts, hidden, (params["layers"], numbers))
     hidden = rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
-    return hidden[:, 0], Cache(keys=_write(cache.keys, keys, lengths), values=_write(cache.values, values, lengths))
+    if pages is None:
+        places = jnp.arange(lengths.shape[0], dtype=lengths.dtype), lengths
+    else:
+        none = jnp.iinfo(jnp.int32).max
+        page = jnp.take_along_axis(pages, lengths[:, None] // capacity, axis=1, mode="fill", fill_value=none)
+        places = page[:, 0], lengths % capacity
+    return hidden[:, 0], Cache(keys=_write(cache.keys, keys, *places), values=_write(cache.values, values, *places))
 
 
 def _write(
-    cached: Float[Array, "L B C K E"], new: Float[Array, "L B K E"], lengths: Int[Array, " B"]
-) -> Float[Array, "L B C K E"]:
+    cached: Float[Array, "L N C K E"], new: Float[Array, "L B K E"], rows: Int[Array, " B"], at: Int[Array, " B"]
+) -> Float[Array, "L N C K E"]:
     # A scatter is done in place inside a loop; a one-hot select would rewrite the whole cache. Layers are indices too:
     # as part of what is written they would have the TPU's compiler turn the whole cache round before and after.
-    layers = jnp.arange(cached.shape[0], dtype=lengths.dtype)[:, None]
-    rows = jnp.arange(lengths.shape[0], dtype=lengths.dtype)[None, :]
-    return cached.at[layers, rows, lengths[None, :]].set(new, mode="drop", unique_indices=True)
+    layers = jnp.arange(cached.shape[0], dtype=at.dtype)[:, None]
+    return cached.at[layers, rows[None, :], at[None, :]].set(new, mode="drop", unique_indices=True)
 
 
 def _embed(

@@ -25,7 +25,7 @@ from hptjax.losses.estimator import Need
 from hptjax.model_shape import asked_adapter
 from hptjax.models import decoder
 from hptjax.models.shape import DecoderConfig
-from hptjax.rollout.admission import entry_table
+from hptjax.rollout.admission import copy_table, entry_table
 from hptjax.rollout.programs import make_programs, rows_shardings
 from hptjax.rollout.requests import DecodeShape
 from hptjax.sharding.mesh import REPLICATED_FIELDS, SEGMENT_FIELDS
@@ -148,6 +148,8 @@ def _rollout(
         cache_capacity=rollout.cache_capacity,
         tokens_per_call=rollout.tokens_per_call,
         max_stop_ids=MAX_STOP_IDS,
+        cache_positions=rollout.cache_positions,
+        cache_page=rollout.cache_page,
     )
     programs = make_programs(
         sizes,
@@ -171,15 +173,18 @@ def _rollout(
     tokens = jax.ShapeDtypeStruct((rollout.prefill_rows, rollout.prompt_buckets[-1]), jnp.int32)
     lengths = jax.ShapeDtypeStruct((rollout.prefill_rows,), jnp.int32)
     rows = jax.eval_shape(programs.prefill, weights, tokens, lengths)
-    entries = jax.eval_shape(lambda: jnp.asarray(entry_table({}, sizes)))
+    entries, copies = jax.eval_shape(lambda: (jnp.asarray(entry_table({}, sizes)), jnp.asarray(copy_table([], sizes))))
+    pages = None
+    if sizes.pages:
+        pages = jax.ShapeDtypeStruct((sizes.slots, sizes.pages_per_slot), jnp.int32)
     if places is not None:
         cache, rows = _with_places(cache, places.cache), _with_places(rows, rows_shardings(places.cache))
         settings, progress = (_with_places(tree, places.rows) for tree in (settings, progress))
     truncated = rollout.top_k > 0 or rollout.top_p < 1
     lower["prefill"] = lambda: programs.prefill.lower(weights, tokens, lengths)  # type: ignore[attr-defined]
-    lower["enter"] = lambda: programs.enter.lower(cache, settings, progress, rows, entries)  # type: ignore[attr-defined]
+    lower["enter"] = lambda: programs.enter.lower(cache, settings, progress, rows, entries, copies)  # type: ignore[attr-defined]
     lower["decode"] = lambda: programs.decode.lower(  # type: ignore[attr-defined]
-        weights, key, cache, settings, progress, truncated=truncated
+        weights, key, cache, settings, progress, pages, truncated=truncated
     )
     return weights, cache, rows, lower
 

@@ -3,7 +3,7 @@
 The order of admission is a matter of speed only: prefill bucket, noise and compiled path of a sample follow from its
 own request (contract 4).
 
-Dims: S slots, R prefill rows, P prompt bucket, F fields of an entry.
+Dims: S slots, R prefill rows, P prompt bucket, F fields of an entry, X copies at most.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import numpy as np
 from jaxtyping import Int32
 
 from hptjax.records import Request, SampleId
-from hptjax.rollout.requests import DecodeShape, context_of, new_tokens
+from hptjax.rollout.pages import Copy
+from hptjax.rollout.requests import DecodeShape, context_of, context_tokens, new_tokens
 
-NO_ROW = -1  # a slot that an entry leaves alone
+NO_PAGE = -1  # ends a list of copies
 
 FIELDS = (  # one int32 column each; the stop ids follow
-    *("row", "turn"),
+    "enters",
     *("question", "round", "index"),
     *("last_token", "last_position", "prefix_len", "new_tokens"),
     *("temperature", "top_k", "top_p"),
 )
 """Columns of an entry table.
 
-row: the prefilled row whose cache the slot takes, or NO_ROW. turn: in line i, the i-th slot that takes one.
-question, round, index: the sample's id. last_token, last_position: the final token of the context and its place in the
-cache. prefix_len: completion position of the first sampled token. new_tokens: how many may be sampled.
-temperature, top_p: the bits of a float32.
+enters: 1 where a sample enters the slot, 0 where the slot is left alone. question, round, index: the sample's id.
+last_token, last_position: the final token of the context and its place in the cache. prefix_len: completion position of
+the first sampled token. new_tokens: how many may be sampled. temperature, top_p: the bits of a float32.
 """
 
 
@@ -89,26 +89,31 @@ def _prefill(
     return Prefill(tokens, lengths, [(place, row) for row, places in enumerate(members) for place in places])
 
 
-def entry_table(entering: Mapping[int, tuple[Request, int]], shape: DecodeShape) -> Int32[np.ndarray, "S F"]:
+def entry_table(entering: Mapping[int, Request], shape: DecodeShape) -> Int32[np.ndarray, "S F"]:
     """What the slots that are entered need to know, so that no setting is compiled in.
 
     Args
-      entering: slot -> the request that enters, and the prefilled row of its context.
+      entering: slot -> the request that enters.
     Returns [S, fields and stop ids] int32, see FIELDS; one array, because each array sent costs its own transfer.
     """
     table = np.zeros((shape.slots, len(FIELDS) + shape.max_stop_ids), np.int32)
-    table[:, FIELDS.index("row")] = NO_ROW
-    for slot, (request, row) in entering.items():
+    for slot, request in entering.items():
         prompt, prefix = request.prompt_tokens, request.prefix_tokens
         bits = np.array([request.temperature, request.top_p], np.float32).view(np.int32)
         table[slot] = [
-            *(row, 0),
+            1,
             *request.sample_id,
-            *(prefix[-1] if len(prefix) else prompt[-1], len(prompt) + len(prefix) - 1, len(prefix)),
+            *(prefix[-1] if len(prefix) else prompt[-1], context_tokens(request) - 1, len(prefix)),
             new_tokens(request),
             *(bits[0], request.top_k, bits[1]),
             *sorted(request.stop_ids),
             *[-1] * (shape.max_stop_ids - len(request.stop_ids)),
         ]
-    table[: len(entering), FIELDS.index("turn")] = list(entering)
+    return table
+
+
+def copy_table(copies: Sequence[Copy], shape: DecodeShape) -> Int32[np.ndarray, "X 3"]:
+    """The pages to fill, one after the other, as row, block and page; NO_PAGE after the last."""
+    table = np.full((shape.most_copies, 3), NO_PAGE, np.int32)
+    table[: len(copies)] = np.array(copies, np.int32).reshape(-1, 3)
     return table

@@ -15,23 +15,22 @@ The engine speaks to a policy through three functions and never sees a model:
     decode_step(params, cache, tokens [S], lengths [S]) -> (hidden [S D], cache): the token enters at lengths[s]
     unembedding(params) -> [D V]
 
+With `cache_positions` decode_step is also given `pages` [S M], the page of each slot's m-th block.
+
 A cache is a pytree whose every array has its rows on axis 1 and its positions on axis 2 (layers on axis 0).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from hptjax.records import Request, Sample
-from hptjax.rollout.admission import entry_table, plan_prefills
 from hptjax.rollout.programs import DecodeStep, Prefill, RolloutShardings, Unembedding, make_programs
 from hptjax.rollout.requests import DecodeShape, check_requests, finished_sample, needs_sampling, truncates
-from hptjax.rollout.seats import Completion, Seats
-from hptjax.sharding.host import to_host
+from hptjax.rollout.running import Running, run
+from hptjax.rollout.seats import Completion
 from hptjax.types import Array, Params
 
 Engine = Callable[..., list[Sample]]
@@ -55,6 +54,8 @@ def make_engine(
     pad_id: int,
     prefill_rows: int | None = None,
     max_stop_ids: int = 8,
+    cache_positions: int | None = None,
+    cache_page: int = 64,
     shardings: RolloutShardings | None = None,
 ) -> Engine:
     """Returns `sample(params, requests, key, *, should_stop=never, on_finished=None) -> list[Sample]`.
@@ -71,8 +72,8 @@ def make_engine(
 
     Args
       prefill, decode_step, unembedding: the policy, see the module's docstring.
-      slots, prompt_buckets, cache_capacity, tokens_per_call, prefill_rows, max_stop_ids: compiled sizes, see
-        `requests.DecodeShape`. prefill_rows: None is the number of slots.
+      slots, prompt_buckets, cache_capacity, tokens_per_call, prefill_rows, max_stop_ids, cache_positions, cache_page:
+        compiled sizes, see `requests.DecodeShape`. prefill_rows: None is the number of slots.
       pad_id: token of empty places.
       shardings: None is one device.
 
@@ -87,6 +88,8 @@ def make_engine(
         cache_capacity=cache_capacity,
         tokens_per_call=tokens_per_call,
         max_stop_ids=max_stop_ids,
+        cache_positions=cache_positions,
+        cache_page=cache_page,
     )
     if not 0 <= pad_id < vocab_size:
         raise ValueError(f"pad_id: expected in [0, {vocab_size}), got {pad_id}; check the tokenizer's pad token")
@@ -94,54 +97,6 @@ def make_engine(
     programs = make_programs(
         shape, prefill=prefill, decode_step=decode_step, unembedding=unembedding, shardings=shardings
     )
-
-    def run(
-        params: Params,
-        requests: Sequence[Request],
-        places: Sequence[int],
-        key: Array,
-        should_stop: Callable[[], bool],
-        keep: Callable[[Sequence[Completion]], None],
-    ) -> bool:
-        """Samples the requests at `places`, which share a compiled path; False if it was stopped before the end."""
-        truncated = truncates(requests[places[0]])
-        seats, calls = Seats(shape), deque(plan_prefills(requests, places, shape, pad_id))
-        waiting: deque[tuple[int, int]] = deque()  # place and row of those whose context is in `rows`
-        rows: Any = None
-        cache, settings, progress = programs.empty(params)
-        unread: deque[Array] = deque()
-
-        def admit() -> bool:
-            nonlocal cache, settings, progress, rows
-            while (free := seats.free()) and (waiting or calls):
-                if not waiting:
-                    if should_stop():
-                        return False
-                    call = calls.popleft()
-                    rows = programs.prefill(params, call.tokens, call.lengths)
-                    waiting.extend(call.entries)
-                entering = {slot: waiting.popleft() for slot in free[: len(waiting)]}
-                entries = entry_table({s: (requests[p], row) for s, (p, row) in entering.items()}, shape)
-                cache, settings, progress = programs.enter(cache, settings, progress, rows, entries)
-                seats.enter({slot: place for slot, (place, _) in entering.items()}, requests)
-                rows = rows if waiting else None
-            return True
-
-        going = True
-        while going:
-            going = admit()
-            wanted = int(seats.wanted.max()) - tokens_per_call * len(unread)
-            if going and wanted > 0 and (going := not should_stop()):
-                cache, progress, report = programs.decode(params, key, cache, settings, progress, truncated=truncated)
-                unread.append(report)
-            elif not unread:
-                return going
-            # A call is read before the next goes out only where somebody waits for the slots that it may have set free;
-            # else the device never waits for the host.
-            ahead = 0 if waiting or calls or wanted <= 0 or not going else 1
-            while len(unread) > ahead:
-                keep(seats.take(to_host(unread.popleft())))
-        return False
 
     def sample(
         params: Params,
@@ -165,8 +120,10 @@ def make_engine(
         keep([Completion(place, *nothing) for place in asked if not needs_sampling(requests[place])])
         for path in (False, True):  # never together, so that each runs the path that its own settings ask for
             places = [p for p in asked if needs_sampling(requests[p]) and truncates(requests[p]) == path]
-            if places and not run(params, requests, places, key, should_stop, keep):
-                break
+            if places:
+                running = Running(shape, programs, params, key, requests, places, pad_id)
+                if not run(running, should_stop=should_stop, keep=keep):
+                    break
         return [samples[place] for place in sorted(samples)]
 
     return sample

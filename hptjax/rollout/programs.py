@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, UInt32
 
 from hptjax.rollout import sampling
-from hptjax.rollout.admission import FIELDS, NO_ROW
+from hptjax.rollout.admission import FIELDS, NO_PAGE
 from hptjax.rollout.requests import DecodeShape
 from hptjax.types import Array, Params
 
@@ -84,8 +84,9 @@ class Programs(NamedTuple):
 
     empty(params) -> (cache, settings, progress)
     prefill(params, tokens [R P], lengths [R]) -> rows: a cache of R rows and P positions
-    enter(cache, settings, progress, rows, entries [S F]) -> (cache, settings, progress)
-    decode(params, key, cache, settings, progress, *, truncated) -> (cache, progress, report [S, 2 K + 2])
+    enter(cache, settings, progress, rows, entries [S F], copies [X 3]) -> (cache, settings, progress)
+    decode(params, key, cache, settings, progress, pages [S M] or None, *, truncated)
+        -> (cache, progress, report [S, 2 K + 2])
     """
 
     empty: Callable[[Params], tuple[Any, Settings, Progress]]
@@ -110,9 +111,12 @@ def make_programs(
         lengths = jax.ShapeDtypeStruct((shape.slots,), jnp.int32)
         _, rows = jax.eval_shape(prefill, params, tokens, lengths)
 
+        parts = (
+            (shape.slots, shape.cache_capacity) if shape.cache_positions is None else (shape.pages, shape.cache_page)
+        )
+
         def room(leaf: jax.ShapeDtypeStruct) -> Array:
-            sizes = (*leaf.shape[:POSITION_AXIS], shape.cache_capacity, *leaf.shape[POSITION_AXIS + 1 :])
-            return jnp.zeros(sizes, leaf.dtype)
+            return jnp.zeros((*leaf.shape[:ROW_AXIS], *parts, *leaf.shape[POSITION_AXIS + 1 :]), leaf.dtype)
 
         whole = jnp.zeros(shape.slots, jnp.int32)
         settings = Settings(
@@ -156,24 +160,34 @@ def rows_shardings(cache: Any) -> Any:
 
 
 def _enter(
-    cache: Any, settings: Settings, progress: Progress, rows: Any, entries: Int[Array, "S F"]
+    cache: Any, settings: Settings, progress: Progress, rows: Any, entries: Int[Array, "S F"], copies: Int[Array, "X 3"]
 ) -> tuple[Any, Settings, Progress]:
-    """The slots named in `entries` hold their new samples; the others are as they were."""
+    """The slots named in `entries` hold their new samples, and the pages named in `copies` what was prefilled for
+    them; the others are as they were. Where each slot has its own row, that row is its one page."""
     column = {name: entries[:, place] for place, name in enumerate(FIELDS)}
-    entered = column["row"] != NO_ROW
+    entered = column["enters"] > 0
+    page_size = jax.tree.leaves(cache)[0].shape[POSITION_AXIS]
 
-    def copy_row(turn: Array, kept: Any) -> Any:
-        slot = column["turn"][turn]
-        row = column["row"][slot]
+    def filled_up(leaf: Array, size: int) -> Array:
+        room = [(0, 0)] * leaf.ndim
+        room[POSITION_AXIS] = (0, -leaf.shape[POSITION_AXIS] % size)
+        return jnp.pad(leaf, room)
+
+    def copy_page(turn: Array, kept: Any) -> Any:
+        row, block, page = copies[turn]
 
         def copy(cached: Array, prefilled: Array) -> Array:
             one = jax.lax.dynamic_index_in_dim(prefilled, row, axis=ROW_AXIS)
-            room = [(0, 0)] * one.ndim
-            room[POSITION_AXIS] = (0, cached.shape[POSITION_AXIS] - one.shape[POSITION_AXIS])
-            # whole rows, so nothing of the slot's last tenant is left
-            return jax.lax.dynamic_update_index_in_dim(cached, jnp.pad(one, room), slot, axis=ROW_AXIS)
+            width = min(page_size, one.shape[POSITION_AXIS])
+            one = jax.lax.dynamic_slice_in_dim(one, block * page_size, width, axis=POSITION_AXIS)
+            # whole pages, so nothing of the last tenant is left in one that a sample begins with
+            return jax.lax.dynamic_update_index_in_dim(cached, filled_up(one, page_size), page, axis=ROW_AXIS)
 
-        return jax.tree.map(copy, kept, rows)
+        return jax.tree.map(copy, kept, blocks)
+
+    # rows of several pages are cut into them; one that is shorter than a page is filled up when it is copied
+    several = jax.tree.leaves(rows)[0].shape[POSITION_AXIS] > page_size
+    blocks = jax.tree.map(lambda leaf: filled_up(leaf, page_size), rows) if several else rows
 
     def changed(old: Array, new: Array) -> Array:
         return jnp.where(entered if old.ndim == 1 else entered[:, None], new, old)
@@ -182,7 +196,7 @@ def _enter(
         return jax.lax.bitcast_convert_type(column[name], jnp.float32)
 
     ids = jnp.stack([column[name] for name in ("question", "round", "index")], axis=1)
-    cache = jax.lax.fori_loop(0, jnp.sum(entered, dtype=jnp.int32), copy_row, cache)
+    cache = jax.lax.fori_loop(0, jnp.sum(copies[:, 2] != NO_PAGE, dtype=jnp.int32), copy_page, cache)
     new_settings = Settings(
         ids=jax.lax.bitcast_convert_type(ids, jnp.uint32),
         limit=column["prefix_len"] + column["new_tokens"],
@@ -208,13 +222,22 @@ def _make_decode(shape: DecodeShape, decode_step: DecodeStep, unembedding: Unemb
     """
 
     def decode(
-        params: Params, key: Array, cache: Any, settings: Settings, progress: Progress, *, truncated: bool
+        params: Params,
+        key: Array,
+        cache: Any,
+        settings: Settings,
+        progress: Progress,
+        pages: Int[Array, "S M"] | None,
+        *,
+        truncated: bool,
     ) -> tuple[Any, Progress, Array]:
         head = unembedding(params)
         if head.shape[1] != shape.vocab_size:
             raise ValueError(f"vocab_size {shape.vocab_size}: the policy's unembedding has {head.shape[1]} columns")
         keys = sampling.sample_keys(key, settings.ids)
         sizes = (shape.slots, shape.tokens_per_call)
+        if pages is not None:  # a sample that lost its pages is not there any more
+            progress = dataclasses.replace(progress, active=progress.active & (pages[:, 0] < shape.pages))
 
         def wants_more(carry: tuple[Array, Any, Progress, Array, Array]) -> Array:
             step, _, now, _, _ = carry
@@ -222,8 +245,9 @@ def _make_decode(shape: DecodeShape, decode_step: DecodeStep, unembedding: Unemb
 
         def next_token(carry: tuple[Array, Any, Progress, Array, Array]) -> tuple[Array, Any, Progress, Array, Array]:
             step, cache, now, tokens, logprobs = carry
-            # a row that is done reads nothing and writes where its own slot begins, which nobody reads any more
-            hidden, cache = decode_step(params, cache, now.token, jnp.where(now.active, now.position, 0))
+            # a row that is done reads nothing, and writes where its own slot begins, or nowhere where pages are shared
+            own = {} if pages is None else {"pages": jnp.where(now.active[:, None], pages, shape.pages)}
+            hidden, cache = decode_step(params, cache, now.token, jnp.where(now.active, now.position, 0), **own)
             scaled = sampling.scaled_logits(hidden, head, settings.temperature)
             noise = sampling.token_noise(keys, now.written, shape.vocab_size)
             if truncated:

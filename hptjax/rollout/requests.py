@@ -25,6 +25,8 @@ class DecodeShape:
       cache_capacity: positions of a slot's cache: prompt and completion.
       tokens_per_call: tokens that one call to the device decodes at most.
       max_stop_ids: size of a slot's stop set.
+      cache_positions: of all slots together, in pages of cache_page that slots take as their samples grow; None is
+        the whole capacity for each slot.
     """
 
     vocab_size: int
@@ -34,9 +36,11 @@ class DecodeShape:
     cache_capacity: int
     tokens_per_call: int
     max_stop_ids: int
+    cache_positions: int | None = None
+    cache_page: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("slots", "prefill_rows", "cache_capacity", "tokens_per_call"):
+        for name in ("slots", "prefill_rows", "cache_capacity", "tokens_per_call", "cache_page"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("vocab_size", "max_stop_ids"):  # not in the config
@@ -51,16 +55,39 @@ class DecodeShape:
                 f"{self.cache_capacity}; lower the one or raise the other"
             )
 
+        if self.cache_positions is not None and self.pages < self.pages_per_slot:
+            raise ValueError(
+                f"rollout.cache_positions: expected at least {self.pages_per_slot * self.cache_page}, room for one "
+                f"sample (rollout.cache_capacity in pages of rollout.cache_page), got {self.cache_positions}; raise it"
+            )
+
+    @property
+    def pages(self) -> int:
+        """Pages of all slots together; 0 where each slot has its own row."""
+        return (self.cache_positions or 0) // self.cache_page
+
+    @property
+    def pages_per_slot(self) -> int:
+        """Pages that a sample may have."""
+        return -(-self.cache_capacity // self.cache_page)
+
+    @property
+    def most_copies(self) -> int:
+        """Pages that are filled when a sample enters every slot."""
+        blocks = 1 if self.cache_positions is None else -(-self.prompt_buckets[-1] // self.cache_page)
+        return self.slots * blocks
+
     def bucket(self, context_tokens: int) -> int:
         """The compiled prefill length of a context of this many tokens."""
         return next(bucket for bucket in self.prompt_buckets if bucket >= context_tokens)
 
     def describe(self, request: Request) -> str:
         """The compiled shape that samples this request; equal strings promise bitwise replay."""
-        bucket = self.bucket(len(request.prompt_tokens) + len(request.prefix_tokens))
+        bucket = self.bucket(context_tokens(request))
         path = "truncated" if truncates(request) else "plain"
+        cache = f"{self.cache_capacity}" + (f"({self.pages}x{self.cache_page})" if self.pages else "")
         return (
-            f"slots={self.slots} prefill={self.prefill_rows}x{bucket} cache={self.cache_capacity} "
+            f"slots={self.slots} prefill={self.prefill_rows}x{bucket} cache={cache} "
             f"call={self.tokens_per_call} stops={self.max_stop_ids} {path}"
         )
 
@@ -79,6 +106,11 @@ def needs_sampling(request: Request) -> bool:
 def new_tokens(request: Request) -> int:
     """How many tokens may be sampled: the limit, less the forced prefix."""
     return request.max_completion_tokens - len(request.prefix_tokens)
+
+
+def context_tokens(request: Request) -> int:
+    """Tokens of prompt and forced prefix."""
+    return len(request.prompt_tokens) + len(request.prefix_tokens)
 
 
 def context_of(request: Request) -> Int[np.ndarray, " c"]:

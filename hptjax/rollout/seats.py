@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from hptjax.records import Request
-from hptjax.rollout.requests import DecodeShape, new_tokens
+from hptjax.rollout.requests import DecodeShape, context_tokens, new_tokens
 
 NOBODY = -1
 
@@ -37,6 +37,8 @@ class Seats:
         self.wanted = np.zeros(shape.slots, np.int64)
         self._call = shape.tokens_per_call
         self._counts = np.zeros(shape.slots, np.int64)
+        self._starts = np.zeros(shape.slots, np.int64)  # where in the cache the first sampled token's turn begins
+        self._ages, self._age = np.zeros(shape.slots, np.int64), 0
         room = (shape.slots, shape.cache_capacity + shape.tokens_per_call)  # a last call may reach over the end
         self._tokens, self._logprobs = np.zeros(room, np.int32), np.zeros(room, np.float32)
 
@@ -44,15 +46,42 @@ class Seats:
         """The slots that hold nobody, rising."""
         return np.flatnonzero(self.places == NOBODY).tolist()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no slot holds anybody."""
+        return bool((self.places == NOBODY).all())
+
+    def is_free(self, slot: int) -> bool:
+        """Whether the slot holds nobody."""
+        return bool(self.places[slot] == NOBODY)
+
+    def by_age(self) -> list[int]:
+        """The slots that hold somebody, those first who entered first."""
+        return sorted(np.flatnonzero(self.places != NOBODY).tolist(), key=lambda slot: self._ages[slot])
+
+    def positions(self, slot: int, calls: int) -> int:
+        """Places of the cache that a sample may have filled after so many calls more."""
+        more = min(calls * self._call, int(self.wanted[slot]))
+        return int(self._starts[slot] + self._counts[slot]) + more
+
     def enter(self, places: Mapping[int, int], requests: Sequence[Request]) -> None:
         """Slot by slot, the requests at these places take them."""
-        slots = list(places)
+        slots, entering = list(places), [requests[place] for place in places.values()]
         self.places[slots] = list(places.values())
-        self.wanted[slots] = [new_tokens(requests[place]) for place in places.values()]
+        self.wanted[slots] = [new_tokens(request) for request in entering]
+        self._starts[slots] = [context_tokens(request) - 1 for request in entering]
         self._counts[slots] = 0
+        self._ages[slots] = np.arange(self._age, self._age + len(slots))
+        self._age += len(slots)
 
-    def take(self, report: Int32[np.ndarray, "S R"]) -> list[Completion]:
-        """Writes down what a call has sampled, and empties the slots whose samples are done; these, by place.
+    def leave(self, slot: int) -> int:
+        """Empties a slot and forgets what was sampled in it; the place of its request."""
+        place = int(self.places[slot])
+        self.places[slot], self.wanted[slot] = NOBODY, 0
+        return place
+
+    def take(self, report: Int32[np.ndarray, "S R"]) -> list[tuple[int, Completion]]:
+        """Writes down what a call has sampled, and empties the slots whose samples are done: (slot, sample), by place.
 
         A sample with a log-prob that is not finite is done too: nothing sensible can follow.
         """
@@ -67,9 +96,8 @@ class Seats:
         self.wanted[taken] -= counts[taken]
         broken = ~np.isfinite(logprobs) & (np.arange(call) < counts[taken, None])
         done = taken[~active[taken] | broken.any(axis=1)]
-        finished = [
-            Completion(int(self.places[slot]), self._tokens[slot, :n].copy(), self._logprobs[slot, :n].copy())
-            for slot, n in zip(done.tolist(), self._counts[done].tolist(), strict=True)
-        ]
-        self.places[done], self.wanted[done] = NOBODY, 0
-        return sorted(finished)
+        finished = []
+        for slot, count in zip(done.tolist(), self._counts[done].tolist(), strict=True):
+            tokens, logprobs = self._tokens[slot, :count].copy(), self._logprobs[slot, :count].copy()
+            finished.append((slot, Completion(self.leave(slot), tokens, logprobs)))
+        return sorted(finished, key=lambda pair: pair[1].place)
