@@ -7,7 +7,10 @@ same request sampled alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import math
+import re
 import resource
 
 import jax
@@ -67,6 +70,13 @@ def counted(monkeypatch):
         return make_engine(**make_policy(), **SIZES | sizes), calls
 
     return build
+
+
+def most_exchanged(text):
+    """Entries of the largest array that devices exchange in a compiled program; a report is one of them."""
+    found = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-|collective-|reduce-scatter)", text)
+    assert found
+    return max(math.prod(map(int, sizes.split(","))) if sizes else 1 for sizes in found)
 
 
 def simulated_calls(lengths, *, slots, per_call):
@@ -167,11 +177,15 @@ def test_replay_says_another_shape_for_other_slots_calls_rows_or_capacity():
     assert len(shapes) == 7
 
 
-def test_replay_on_two_devices_ignores_neighbours(eight_devices):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_replay_on_two_devices_ignores_neighbours(eight_devices, parts):
+    """`parts`, as the product sets it, makes the shares of a cut cache known: then no keys and values travel."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=eight_devices[:2])
     placed = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
     shardings = RolloutShardings(rows=placed("data"), cache=placed(None, "data"), replicated=placed())
-    sample = make_engine(**make_policy(), **SIZES, shardings=shardings)
+    policy = make_policy()
+    policy["decode_step"] = functools.partial(policy["decode_step"], parts=parts)
+    sample = make_engine(**policy, **SIZES, shardings=shardings)
     params, key = jax.device_put(PARAMS, placed()), jax.device_put(KEY, placed())
     plain = [0, 4, 6, 9, 10]
     asked = [mixed_requests()[place] for place in plain]
@@ -181,6 +195,10 @@ def test_replay_on_two_devices_ignores_neighbours(eight_devices):
         (alone,) = sample(params, [asked_for], key)
         assert_same_bits(crowd[asked_for.sample_id], alone)
         assert_same_up_to_near_ties(asked_for, alone, mixed_samples()[place])
+    programs = make_programs(SHAPE, **policy, shardings=shardings)
+    arguments = (params, key, *programs.empty(params), None)
+    decode = programs.decode.lower(*arguments, truncated=False).compile()
+    assert (most_exchanged(decode.as_text()) <= SHAPE.slots * (2 * SHAPE.tokens_per_call + 2)) == (parts == 2)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"cache_positions": 48, "cache_page": 4}])

@@ -299,7 +299,6 @@ def test_recorded_tokens_are_rescored_alike_on_every_mesh(folder, mesh):
     [
         ("batch", {"rows": 6}, ["batch.rows", "mesh.data (4)", "got 6"]),
         ("rollout", {"slots": 18}, ["rollout.slots", "mesh.data (4)", "got 18"]),
-        ("rollout", {"cache_positions": 4096}, ["rollout.cache_positions", "mesh.data (4)", "got 4096"]),
         ("rollout", {"prefill_rows": 3}, ["rollout.prefill_rows", "mesh.data (4)", "got 3", "(to 4)"]),
     ],
 )

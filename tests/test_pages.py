@@ -16,13 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hptjax.models.attention import attention_step_in_blocks, attention_step_in_pages
 from hptjax.rollout import engine as engine_module
-from hptjax.rollout.engine import make_engine
+from hptjax.rollout.engine import RolloutShardings, make_engine
 from hptjax.rollout.pages import Copy, SharedPages
 from hptjax.rollout.programs import make_programs
+from hptjax.rollout.requests import truncates
 from tests.test_attention import cache_case
+from tests.test_continuous import most_exchanged
 from tests.test_rollout import (
     KEY,
     PARAMS,
@@ -141,6 +144,46 @@ def test_pages_hold_what_was_asked_for_and_no_more():
         assert {leaf.shape[1:3] for leaf in jax.tree.leaves(cache)} == {sizes}
     with pytest.raises(ValueError, match=r"rollout.cache_positions: expected at least 24, .* got 23"):
         dataclasses.replace(SHAPE, cache_positions=23, cache_page=PAGE)
+
+
+def test_pages_on_two_devices_are_each_devices_own(eight_devices):
+    """Two shares of slots and pages: bits do not depend on neighbours, and no device asks another for its pages."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=eight_devices[:2])
+    placed = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
+    shardings = RolloutShardings(rows=placed("data"), cache=placed(None, "data"), replicated=placed())
+    sizes = {"cache_positions": 2 * TIGHT, "cache_page": PAGE, "cache_parts": 2}
+    policy = make_policy()
+    policy["decode_step"] = functools.partial(policy["decode_step"], parts=2)
+    sample = make_engine(**policy, **SIZES, **sizes, shardings=shardings)
+    params, key = jax.device_put(PARAMS, placed()), jax.device_put(KEY, placed())
+    plain = [place for place, asked in enumerate(mixed_requests()) if not truncates(asked)]
+    crowded = by_id(sample(params, [asked for asked in crowd(0) if not truncates(asked)], key))
+    for place in plain:
+        asked = mixed_requests()[place]
+        (alone,) = sample(params, [asked], key)
+        assert_same_bits(crowded[asked.sample_id], alone)
+        assert_same_up_to_near_ties(asked, alone, mixed_samples()[place])
+
+    shape = dataclasses.replace(SHAPE, **sizes)
+    programs = make_programs(shape, **policy, shardings=shardings)
+    cache, settings, progress = programs.empty(params)
+    pages = jax.ShapeDtypeStruct((6, 6), np.int32)
+    decode = programs.decode.lower(params, key, cache, settings, progress, pages, truncated=False).compile()
+    assert most_exchanged(decode.as_text()) <= shape.slots * (2 * shape.tokens_per_call + 2)
+
+
+def test_a_slot_without_pages_is_not_there():
+    """A sample that lost its pages wants no more tokens, and its neighbour's are what they would be."""
+    policy = make_policy()
+    programs = make_programs(PAGED, **policy, shardings=None)
+    cache, settings, progress = programs.empty(PARAMS)
+    progress = dataclasses.replace(progress, active=np.array([True, True, *[False] * 4]))
+    settings = dataclasses.replace(settings, limit=np.full(6, 9, np.int32))
+    pages = np.full((6, 6), 12, np.int32)
+    pages[1, :2] = 3, 4
+    _, progress, report = programs.decode(PARAMS, KEY, cache, settings, progress, pages, truncated=False)
+    assert np.asarray(report)[:, -2:].tolist() == [[0, 0], [5, 1], *[[0, 0]] * 4]
+    assert np.asarray(progress.active).tolist() == [False, True, *[False] * 4]
 
 
 # book-keeping

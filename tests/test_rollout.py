@@ -375,9 +375,10 @@ def test_rollout_compiles_once_for_all_settings_and_reads_one_array_per_call(mon
 
 
 def test_rollout_asks_should_stop_and_keeps_what_is_done():
-    """Six slots and calls of five tokens: six samples of 4 tokens, six of 8 and one of 12 come in that order."""
+    """Six slots and calls of five tokens; samples of 12, 8 and 4 tokens, two with top-k; stopped at every asking."""
     limits = [12, *[8] * 6, *[4] * 6]
     asked = [request(q, limit=limit, stop=()) for q, limit in enumerate(limits)]
+    asked += [request(20, i, limit=6, stop=(), top_k=3) for i in range(2)]  # another path, after the first
     whole = shared_engine()(PARAMS, asked, KEY)
     answers = itertools.count()
     shared_engine()(PARAMS, asked, KEY, should_stop=lambda: next(answers) < 0)

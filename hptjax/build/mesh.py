@@ -102,13 +102,6 @@ def check_mesh(config: Config, shape: DecoderConfig | None = None) -> None:
                 f"expected {name} to be a multiple of {' x '.join(cut)}, got {size}; change {name} (to {near}) or "
                 f"{' or '.join(axis.split()[0] for axis in cut)}."
             )
-    cut = [f"mesh.{axis} ({sizes[axis]})" for axis in rollout["batch"] if sizes[axis] > 1]
-    if config.rollout.cache_positions is not None and cut:
-        raise ValueError(
-            f"expected rollout.cache_positions to be unset where slots are cut over devices, got "
-            f"{config.rollout.cache_positions} with {' x '.join(cut)}: any slot may take any page; unset "
-            f"rollout.cache_positions or change mesh.rollout_rules."
-        )
     model = config.model
     if shape is None and model.preset is not None and model.path is None:
         shape = PRESETS[model.preset]

@@ -64,6 +64,7 @@ class Functions:
       rules: the table of training; shardings: of the parameters, by it. token_stats: want_entropy -> the model call of
         the losses.
       prefill, decode_step, unembedding: what `rollout.engine` asks of a policy. rollout_shardings: None on one device.
+      rollout_parts: devices that slots are cut over.
       decode_shardings, decode_weights: layout of the weights while they sample, and what they become on the way there;
         None where rollouts use the weights of training.
     """
@@ -75,6 +76,7 @@ class Functions:
     decode_step: DecodeStep
     unembedding: Unembedding
     rollout_shardings: RolloutShardings | None
+    rollout_parts: int
     decode_shardings: Any
     decode_weights: Callable[[Params], Params] | None
 
@@ -107,6 +109,7 @@ def build_policy(config: Config) -> Policy:
         prefill_rows=rollout.prefill_rows,
         cache_positions=rollout.cache_positions,
         cache_page=rollout.cache_page,
+        cache_parts=model.rollout_parts,
         shardings=model.rollout_shardings,
     )
     reshard = None
@@ -165,6 +168,7 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
 
     rollout = config.rollout
     decode_rules = rollout_rules(config)
+    rollout_parts = parts(mesh.shape, "batch", decode_rules)
     constrain_rollout = make_constrain(mesh, decode_rules)
     decode_shardings = named_shardings(mesh, axes, shapes, decode_rules)
     return Functions(
@@ -184,11 +188,13 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
             compute_dtype=dtype,
             constrain=constrain_rollout,
             cache_block=cache_block(config, mesh.devices.flat[0].platform),
+            parts=rollout_parts,
         ),
         unembedding=lambda params: decoder.unembedding(params, shape).astype(dtype),
         rollout_shardings=_rollout_shardings(mesh, decode_rules, shape, rollout.slots, rollout.cache_capacity)
         if mesh.size > 1
         else None,
+        rollout_parts=rollout_parts,
         decode_shardings=decode_shardings,
         decode_weights=None if decode_shardings == shardings else partial(as_used, dtype=dtype),
     )

@@ -126,6 +126,7 @@ def attention_step_in_blocks(
     lengths: Int[Array, " B"],
     *,
     block: int,
+    longest: Int[Array, ""] | None = None,
 ) -> Float[Array, "B 1 H E"]:
     """`attention_step` over the first `lengths[b]` positions of one layer's cache, `block` of them at a time.
 
@@ -134,7 +135,7 @@ def attention_step_in_blocks(
 
     Args
       cached_keys, cached_values: of all layers, because a slice of one layer would be a copy before the loop.
-      block: positions, at most C.
+      block: positions, at most C. longest: of `lengths`, where it is known, so that layers need not find it again.
     """
     batch, capacity = query.shape[0], cached_keys.shape[2]
     size = (1, batch, block, *key.shape[2:])
@@ -148,7 +149,8 @@ def attention_step_in_blocks(
         at = start + jnp.arange(block, dtype=jnp.int32)
         return keys, values, (at >= number * block)[None, :] & (at[None, :] < lengths[:, None])
 
-    return _step_by_blocks(query, key, value, jnp.minimum(jnp.max(lengths), capacity), block, read)
+    longest = jnp.max(lengths) if longest is None else longest
+    return _step_by_blocks(query, key, value, jnp.minimum(longest, capacity), block, read)
 
 
 def attention_step_in_pages(
@@ -160,6 +162,9 @@ def attention_step_in_pages(
     layer: Int[Array, ""],
     lengths: Int[Array, " B"],
     pages: Int[Array, "B M"],
+    *,
+    parts: int = 1,
+    longest: Int[Array, ""] | None = None,
 ) -> Float[Array, "B 1 H E"]:
     """`attention_step_in_blocks` over a cache of N pages of C positions, which rows take as they grow.
 
@@ -167,16 +172,44 @@ def attention_step_in_pages(
 
     Args
       pages: the page of each row's m-th block of C positions; anything where it has none.
+      parts: rows and pages come in so many equal shares, and a row's pages are counted within its own.
+      longest: as `attention_step_in_blocks`.
     """
     page = cached_keys.shape[2]
 
     def read(number: Array) -> tuple[Array, Array, Array]:
         chosen = jax.lax.dynamic_index_in_dim(pages, number, axis=1, keepdims=False)
-        keys, values = (cached.at[layer, chosen].get(mode="clip") for cached in (cached_keys, cached_values))
+        keys, values = (read_pages(cached, layer, chosen, parts) for cached in (cached_keys, cached_values))
         at = number * page + jnp.arange(page, dtype=jnp.int32)
         return keys, values, at[None, :] < lengths[:, None]
 
-    return _step_by_blocks(query, key, value, jnp.minimum(jnp.max(lengths), pages.shape[1] * page), page, read)
+    longest = jnp.max(lengths) if longest is None else longest
+    return _step_by_blocks(query, key, value, jnp.minimum(longest, pages.shape[1] * page), page, read)
+
+
+def read_pages(
+    cached: Float[Array, "L N C K E"], layer: Int[Array, ""], pages: Int[Array, " B"], parts: int
+) -> Float[Array, "B C K E"]:
+    """One page of one layer for each row, see `attention_step_in_pages`."""
+    if parts == 1:
+        return cached.at[layer, pages].get(mode="clip")
+    shares = cached.reshape(cached.shape[0], parts, -1, *cached.shape[2:])
+    places = pages.reshape(parts, -1)
+    # the share is a dimension of the gather and no index, so that a device that holds one asks no other for its pages
+    found = jax.lax.gather(
+        shares,
+        jnp.stack([jnp.broadcast_to(layer, places.shape), places], axis=-1),
+        jax.lax.GatherDimensionNumbers(
+            offset_dims=(2, 3, 4),
+            collapsed_slice_dims=(0, 2),
+            start_index_map=(0, 2),
+            operand_batching_dims=(1,),
+            start_indices_batching_dims=(0,),
+        ),
+        slice_sizes=(1, 1, 1, *cached.shape[2:]),
+        mode="clip",
+    )
+    return found.reshape(-1, *found.shape[2:])
 
 
 def _step_by_blocks(

@@ -222,6 +222,7 @@ def decode_step(
     constrain: Constrain = unconstrained,
     cache_block: int | None = None,
     pages: Int[Array, "B M"] | None = None,
+    parts: int = 1,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Hidden state of one more token per row, and the cache with its keys and values at `lengths[b]`.
 
@@ -233,10 +234,11 @@ def decode_step(
       cache_block: None reads the whole cache; else so many positions at a time, up to the longest row's length.
       pages: of each row's m-th C positions, where the cache is in pages; past the last page where it has none. Then
         they are read one at a time.
+      parts: equal shares of rows and of the cache, one per device that rows are cut over; `pages` counts within one.
     """
     capacity = cache.keys.shape[2]
     mask = jnp.arange(capacity, dtype=jnp.int32)[None, :] < lengths[:, None]  # [B C]
-    turn = rotation(lengths[:, None], config)
+    turn, longest = rotation(lengths[:, None], config), jnp.max(lengths)
 
     def whole(hidden: Array, xs: tuple[dict[str, Any], Array, Array]) -> tuple[Array, tuple[Array, Array]]:
         weights, cached_keys, cached_values = xs
@@ -246,11 +248,12 @@ def decode_step(
 
     def in_parts(hidden: Array, xs: tuple[dict[str, Any], Array]) -> tuple[Array, tuple[Array, Array]]:
         weights, number = xs
-        kept = {"cached_keys": cache.keys, "cached_values": cache.values, "layer": number, "lengths": lengths}
+        kept = {"cached_keys": cache.keys, "cached_values": cache.values, "layer": number}
+        kept |= {"lengths": lengths, "longest": longest}
         if pages is None:
             attend = functools.partial(attention_step_in_blocks, block=cache_block or capacity, **kept)
         else:
-            attend = functools.partial(attention_step_in_pages, pages=pages, **kept)
+            attend = functools.partial(attention_step_in_pages, pages=pages, parts=parts, **kept)
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
         return hidden, (key[:, 0], value[:, 0])
 
@@ -261,22 +264,46 @@ def decode_step(
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
         hidden, (keys, values) = jax.lax.scan(in_parts, hidden, (params["layers"], numbers))
     hidden = rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
-    if pages is None:
-        places = jnp.arange(lengths.shape[0], dtype=lengths.dtype), lengths
-    else:
+    rows, at = jnp.arange(lengths.shape[0], dtype=lengths.dtype) % (lengths.shape[0] // parts), lengths
+    if pages is not None:
         none = jnp.iinfo(jnp.int32).max
         page = jnp.take_along_axis(pages, lengths[:, None] // capacity, axis=1, mode="fill", fill_value=none)
-        places = page[:, 0], lengths % capacity
-    return hidden[:, 0], Cache(keys=_write(cache.keys, keys, *places), values=_write(cache.values, values, *places))
+        rows, at = page[:, 0], lengths % capacity
+    put = functools.partial(_write, rows=rows, at=at, parts=parts)
+    return hidden[:, 0], Cache(keys=put(cache.keys, keys), values=put(cache.values, values))
 
 
 def _write(
-    cached: Float[Array, "L N C K E"], new: Float[Array, "L B K E"], rows: Int[Array, " B"], at: Int[Array, " B"]
+    cached: Float[Array, "L N C K E"],
+    new: Float[Array, "L B K E"],
+    rows: Int[Array, " B"],
+    at: Int[Array, " B"],
+    parts: int,
 ) -> Float[Array, "L N C K E"]:
+    """Puts `new` at (row, position); a row counts within its share of the cache."""
     # A scatter is done in place inside a loop; a one-hot select would rewrite the whole cache. Layers are indices too:
     # as part of what is written they would have the TPU's compiler turn the whole cache round before and after.
-    layers = jnp.arange(cached.shape[0], dtype=at.dtype)[:, None]
-    return cached.at[layers, rows[None, :], at[None, :]].set(new, mode="drop", unique_indices=True)
+    layers = jnp.arange(cached.shape[0], dtype=at.dtype)
+    if parts == 1:
+        return cached.at[layers[:, None], rows[None, :], at[None, :]].set(new, mode="drop", unique_indices=True)
+    shares = cached.reshape(cached.shape[0], parts, -1, *cached.shape[2:])
+    places = jnp.broadcast_arrays(layers[None, None, :], *(one.reshape(parts, -1, 1) for one in (rows, at)))
+    # the share is a dimension of the scatter and no index, so that no device is sent what another one writes
+    written = jax.lax.scatter(
+        shares,
+        jnp.stack(places, axis=-1),
+        jnp.moveaxis(new, 0, 1).reshape(parts, -1, cached.shape[0], *new.shape[2:]),
+        jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(3, 4),
+            inserted_window_dims=(0, 2, 3),
+            scatter_dims_to_operand_dims=(0, 2, 3),
+            operand_batching_dims=(1,),
+            scatter_indices_batching_dims=(0,),
+        ),
+        unique_indices=True,
+        mode="drop",
+    )
+    return written.reshape(cached.shape)
 
 
 def _embed(

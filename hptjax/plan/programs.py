@@ -150,6 +150,7 @@ def _rollout(
         max_stop_ids=MAX_STOP_IDS,
         cache_positions=rollout.cache_positions,
         cache_page=rollout.cache_page,
+        cache_parts=model.rollout_parts,
     )
     programs = make_programs(
         sizes,

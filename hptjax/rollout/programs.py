@@ -235,9 +235,9 @@ def _make_decode(shape: DecodeShape, decode_step: DecodeStep, unembedding: Unemb
         if head.shape[1] != shape.vocab_size:
             raise ValueError(f"vocab_size {shape.vocab_size}: the policy's unembedding has {head.shape[1]} columns")
         keys = sampling.sample_keys(key, settings.ids)
-        sizes = (shape.slots, shape.tokens_per_call)
+        sizes, no_page = (shape.slots, shape.tokens_per_call), shape.pages // shape.cache_parts
         if pages is not None:  # a sample that lost its pages is not there any more
-            progress = dataclasses.replace(progress, active=progress.active & (pages[:, 0] < shape.pages))
+            progress = dataclasses.replace(progress, active=progress.active & (pages[:, 0] < no_page))
 
         def wants_more(carry: tuple[Array, Any, Progress, Array, Array]) -> Array:
             step, _, now, _, _ = carry
@@ -246,7 +246,7 @@ def _make_decode(shape: DecodeShape, decode_step: DecodeStep, unembedding: Unemb
         def next_token(carry: tuple[Array, Any, Progress, Array, Array]) -> tuple[Array, Any, Progress, Array, Array]:
             step, cache, now, tokens, logprobs = carry
             # a row that is done reads nothing, and writes where its own slot begins, or nowhere where pages are shared
-            own = {} if pages is None else {"pages": jnp.where(now.active[:, None], pages, shape.pages)}
+            own = {} if pages is None else {"pages": jnp.where(now.active[:, None], pages, no_page)}
             hidden, cache = decode_step(params, cache, now.token, jnp.where(now.active, now.position, 0), **own)
             scaled = sampling.scaled_logits(hidden, head, settings.temperature)
             noise = sampling.token_noise(keys, now.written, shape.vocab_size)

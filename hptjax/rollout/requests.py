@@ -26,7 +26,8 @@ class DecodeShape:
       tokens_per_call: tokens that one call to the device decodes at most.
       max_stop_ids: size of a slot's stop set.
       cache_positions: of all slots together, in pages of cache_page that slots take as their samples grow; None is
-        the whole capacity for each slot.
+        the whole capacity for each slot. cache_parts: equal shares of slots and pages, one per device that slots are
+        cut over; a sample takes pages of its slot's share.
     """
 
     vocab_size: int
@@ -38,6 +39,7 @@ class DecodeShape:
     max_stop_ids: int
     cache_positions: int | None = None
     cache_page: int = 64
+    cache_parts: int = 1
 
     def __post_init__(self) -> None:
         for name in ("slots", "prefill_rows", "cache_capacity", "tokens_per_call", "cache_page"):
@@ -55,16 +57,18 @@ class DecodeShape:
                 f"{self.cache_capacity}; lower the one or raise the other"
             )
 
-        if self.cache_positions is not None and self.pages < self.pages_per_slot:
+        if self.cache_positions is not None and self.pages < self.cache_parts * self.pages_per_slot:
+            fewest = self.cache_parts * self.pages_per_slot * self.cache_page
             raise ValueError(
-                f"rollout.cache_positions: expected at least {self.pages_per_slot * self.cache_page}, room for one "
-                f"sample (rollout.cache_capacity in pages of rollout.cache_page), got {self.cache_positions}; raise it"
+                f"rollout.cache_positions: expected at least {fewest}, "
+                f"room for one sample (rollout.cache_capacity in pages of rollout.cache_page) on each of "
+                f"{self.cache_parts} device(s) that slots are cut over, got {self.cache_positions}; raise it"
             )
 
     @property
     def pages(self) -> int:
         """Pages of all slots together; 0 where each slot has its own row."""
-        return (self.cache_positions or 0) // self.cache_page
+        return (self.cache_positions or 0) // (self.cache_page * self.cache_parts) * self.cache_parts
 
     @property
     def pages_per_slot(self) -> int:

@@ -90,7 +90,7 @@ class Running:
                 self._room.forget_rows()
                 found = self._room.enter(slot, row, context_tokens(self._requests[place]))
             if found is None:
-                break
+                continue  # a slot of another share of the pages may have room
             entering[slot] = self._waiting.popleft()
             copies += found
         if not entering:
@@ -134,7 +134,8 @@ class Running:
                     return False
                 self._room.forget_rows()
                 if not self._room.cover(slot, self._seats.positions(slot, calls)):
-                    youngest = self._seats.by_age()[-1]
+                    part = self._room.part(slot)
+                    youngest = [other for other in self._seats.by_age() if self._room.part(other) == part][-1]
                     self._again.append(self._seats.leave(youngest))
                     self._room.leave(youngest)
         return True
