@@ -14,6 +14,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from hptjax.build.mesh import check_mesh, rollout_rules, training_rules
+from hptjax.build.policy import decode_shape
 from hptjax.config import Config, ShapeConfig
 from hptjax.config_batch import SHORT_ROW_TOKENS, mesh_devices, mesh_sizes, mesh_words
 from hptjax.explain import human_bytes
@@ -79,8 +80,8 @@ def held(config: Config, shape: DecoderConfig) -> list[Held]:
         whole, device = _entries(adapters, named_shardings(mesh, adapter_axes(shape, lora.targets), adapters, training))
         rows.append(Held(f"the model, {config.model.compute_dtype}", *as_used[0]))
     of = "parameters" if lora is None else "adapters"
-    rollout = config.rollout
-    cache = (shape.num_layers, rollout.slots, rollout.cache_capacity, shape.num_kv_heads, shape.head_dim)
+    sizes_of_cache = decode_shape(config, shape.vocab_size, parts(sizes, "batch", sampling)).cache_sizes
+    cache = (shape.num_layers, *sizes_of_cache, shape.num_kv_heads, shape.head_dim)
     caches = decoder.Cache(keys=cache, values=cache)
     cached, cached_on_device = _entries(caches, named_shardings(mesh, decoder.cache_axes(), caches, sampling))
     positions = config.batch.rows * config.batch.row_tokens

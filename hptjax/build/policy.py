@@ -24,11 +24,14 @@ from hptjax.models.folder_slices import load_placed
 from hptjax.models.shape import DecoderConfig
 from hptjax.rollout.engine import make_engine
 from hptjax.rollout.programs import DecodeStep, Prefill, RolloutShardings, Unembedding
+from hptjax.rollout.requests import DecodeShape
 from hptjax.sharding.mesh import row_sharding
 from hptjax.sharding.reshard import make_reshard
 from hptjax.sharding.rules import Rules, make_constrain, named_shardings, parts, replicated, shard_tree
 from hptjax.train.objective import TokenStatsFn, per_token
 from hptjax.types import MicroBatch, Params
+
+MAX_STOP_IDS = 8  # of a request
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,21 +98,12 @@ def build_policy(config: Config) -> Policy:
         params = load_placed(Path(config.model.path), model.shardings, dtype=jnp.float32 if lora is None else dtype)
     else:
         params = shard_tree(decoder.init_params(jax.random.key(config.seed), shape), model.shardings)
-    rollout = config.rollout
     sample = make_engine(
+        **vars(decode_shape(config, shape.vocab_size, model.rollout_parts)),
         prefill=model.prefill,
         decode_step=model.decode_step,
         unembedding=model.unembedding,
-        vocab_size=shape.vocab_size,
-        slots=rollout.slots,
-        prompt_buckets=rollout.prompt_buckets,
-        cache_capacity=rollout.cache_capacity,
-        tokens_per_call=rollout.tokens_per_call,
         pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        prefill_rows=rollout.prefill_rows,
-        cache_positions=rollout.cache_positions,
-        cache_page=rollout.cache_page,
-        cache_parts=model.rollout_parts,
         shardings=model.rollout_shardings,
     )
     reshard = None
@@ -166,9 +160,9 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
 
         return stats
 
-    rollout = config.rollout
     decode_rules = rollout_rules(config)
     rollout_parts = parts(mesh.shape, "batch", decode_rules)
+    sizes = decode_shape(config, shape.vocab_size, rollout_parts)
     constrain_rollout = make_constrain(mesh, decode_rules)
     decode_shardings = named_shardings(mesh, axes, shapes, decode_rules)
     return Functions(
@@ -191,12 +185,27 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
             parts=rollout_parts,
         ),
         unembedding=lambda params: decoder.unembedding(params, shape).astype(dtype),
-        rollout_shardings=_rollout_shardings(mesh, decode_rules, shape, rollout.slots, rollout.cache_capacity)
-        if mesh.size > 1
-        else None,
+        rollout_shardings=_rollout_shardings(mesh, decode_rules, shape, sizes.cache_sizes) if mesh.size > 1 else None,
         rollout_parts=rollout_parts,
         decode_shardings=decode_shardings,
         decode_weights=None if decode_shardings == shardings else partial(as_used, dtype=dtype),
+    )
+
+
+def decode_shape(config: Config, vocab_size: int, parts: int) -> DecodeShape:
+    """The compiled sizes of rollouts, slots cut over so many devices. Raises ValueError for sizes that cannot work."""
+    rollout = config.rollout
+    return DecodeShape(
+        vocab_size=vocab_size,
+        slots=rollout.slots,
+        prefill_rows=rollout.prefill_rows,
+        prompt_buckets=rollout.prompt_buckets,
+        cache_capacity=rollout.cache_capacity,
+        tokens_per_call=rollout.tokens_per_call,
+        max_stop_ids=MAX_STOP_IDS,
+        cache_positions=rollout.cache_positions,
+        cache_page=rollout.cache_page,
+        cache_parts=parts,
     )
 
 
@@ -249,10 +258,10 @@ def _stop_ids(config: Config, shape: DecoderConfig, tokenizer: Any) -> frozenset
 
 
 def _rollout_shardings(
-    mesh: jax.sharding.Mesh, rules: Rules, shape: DecoderConfig, slots: int, capacity: int
+    mesh: jax.sharding.Mesh, rules: Rules, shape: DecoderConfig, cache_sizes: tuple[int, int]
 ) -> RolloutShardings:
     """Slots as the rows of a micro-batch; the cache by its logical axes (few kv heads are copied)."""
-    cache = (shape.num_layers, slots, capacity, shape.num_kv_heads, shape.head_dim)  # [L B C K E]
+    cache = (shape.num_layers, *cache_sizes, shape.num_kv_heads, shape.head_dim)  # [L B C K E]
     return RolloutShardings(
         rows=row_sharding(mesh, rules),
         cache=named_shardings(mesh, decoder.cache_axes(), decoder.Cache(keys=cache, values=cache), rules),

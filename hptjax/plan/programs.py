@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from hptjax.build.adapters import BASE, Adapters, Frozen, as_used, place_adapters, seeing
 from hptjax.build.frozen import make_score
-from hptjax.build.policy import Functions, build_functions
+from hptjax.build.policy import Functions, build_functions, decode_shape
 from hptjax.build.stages import Step, build_step
 from hptjax.config import Config, StageConfig
 from hptjax.losses.estimator import Need
@@ -27,13 +27,10 @@ from hptjax.models import decoder
 from hptjax.models.shape import DecoderConfig
 from hptjax.rollout.admission import copy_table, entry_table
 from hptjax.rollout.programs import make_programs, rows_shardings
-from hptjax.rollout.requests import DecodeShape
 from hptjax.sharding.mesh import REPLICATED_FIELDS, SEGMENT_FIELDS
 from hptjax.sharding.rules import Rules, partition_spec, replicated
 from hptjax.train.state import TrainState
 from hptjax.types import MicroBatch
-
-MAX_STOP_IDS = 8  # as `rollout.engine.make_engine`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,18 +137,7 @@ def _rollout(
 ) -> tuple[Any, Any, Any, dict[str, Callable[[], jax.stages.Lowered]]]:
     """The weights of rollouts, their cache and prefilled rows, and the lowering of prefill, entry and decode."""
     rollout = config.rollout
-    sizes = DecodeShape(
-        vocab_size=shape.vocab_size,
-        slots=rollout.slots,
-        prefill_rows=rollout.prefill_rows,
-        prompt_buckets=rollout.prompt_buckets,
-        cache_capacity=rollout.cache_capacity,
-        tokens_per_call=rollout.tokens_per_call,
-        max_stop_ids=MAX_STOP_IDS,
-        cache_positions=rollout.cache_positions,
-        cache_page=rollout.cache_page,
-        cache_parts=model.rollout_parts,
-    )
+    sizes = decode_shape(config, shape.vocab_size, model.rollout_parts)
     programs = make_programs(
         sizes,
         prefill=model.prefill,

@@ -111,12 +111,8 @@ def make_programs(
         lengths = jax.ShapeDtypeStruct((shape.slots,), jnp.int32)
         _, rows = jax.eval_shape(prefill, params, tokens, lengths)
 
-        parts = (
-            (shape.slots, shape.cache_capacity) if shape.cache_positions is None else (shape.pages, shape.cache_page)
-        )
-
         def room(leaf: jax.ShapeDtypeStruct) -> Array:
-            return jnp.zeros((*leaf.shape[:ROW_AXIS], *parts, *leaf.shape[POSITION_AXIS + 1 :]), leaf.dtype)
+            return jnp.zeros((*leaf.shape[:ROW_AXIS], *shape.cache_sizes, *leaf.shape[POSITION_AXIS + 1 :]), leaf.dtype)
 
         whole = jnp.zeros(shape.slots, jnp.int32)
         settings = Settings(

@@ -76,6 +76,12 @@ class DecodeShape:
         return -(-self.cache_capacity // self.cache_page)
 
     @property
+    def cache_sizes(self) -> tuple[int, int]:
+        """Rows and positions of the cache's arrays: pages and their size, or slots and their capacity."""
+        in_pages = self.cache_positions is not None
+        return (self.pages, self.cache_page) if in_pages else (self.slots, self.cache_capacity)
+
+    @property
     def most_copies(self) -> int:
         """Pages that are filled when a sample enters every slot."""
         blocks = 1 if self.cache_positions is None else -(-self.prompt_buckets[-1] // self.cache_page)
