@@ -19,7 +19,8 @@ from hypothesis import strategies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hptjax.models.attention import attention_step_in_blocks, attention_step_in_pages
-from hptjax.rollout import engine as engine_module
+from hptjax.rollout import running as running_module
+from hptjax.rollout.admission import plan_prefills
 from hptjax.rollout.engine import RolloutShardings, make_engine
 from hptjax.rollout.pages import Copy, SharedPages
 from hptjax.rollout.programs import make_programs
@@ -100,20 +101,15 @@ def crowd(seed):
 
 def test_replay_in_pages_ignores_neighbours_pages_and_evictions(monkeypatch):
     """Twelve pages for six slots whose samples want up to six: many lose theirs, and come again to the same bits."""
-    prefilled = Counter()
+    planned = Counter()
 
-    def spied(shape, **options):
-        programs = make_programs(shape, **options)
+    def spied(requests, places, shape, pad_id):
+        planned[shape.pages] += len(places)
+        return plan_prefills(requests, places, shape, pad_id)
 
-        def prefill(params, tokens, lengths):
-            prefilled[shape.pages] += 1
-            return programs.prefill(params, tokens, lengths)
-
-        return programs._replace(prefill=prefill)
-
-    monkeypatch.setattr(engine_module, "make_programs", spied)
+    monkeypatch.setattr(running_module, "plan_prefills", spied)
     for positions in (AMPLE, TIGHT):
-        sample = make_engine(**make_policy(), **SIZES, cache_positions=positions, cache_page=PAGE)
+        sample = shared_engine(cache_positions=positions, cache_page=PAGE)
         alone = {one.sample_id: sample(PARAMS, [one], KEY)[0] for one in mixed_requests()}
         for seed in range(3):
             asked = crowd(seed)
@@ -121,7 +117,9 @@ def test_replay_in_pages_ignores_neighbours_pages_and_evictions(monkeypatch):
             assert [one.sample_id for one in samples] == [one.sample_id for one in asked]
             for sample_id, expected in alone.items():
                 assert_same_bits(by_id(samples)[sample_id], expected)
-    assert prefilled[12] > prefilled[36]  # only those that were sent back are prefilled again
+    entered = 3 * len(crowd(0)) + len(mixed_requests())
+    assert planned[36] == entered
+    assert planned[12] > entered + 10  # those that were sent back come twice
 
 
 def test_rollout_in_pages_stops_and_goes_on():
@@ -213,6 +211,17 @@ def test_pages_of_a_prompt_are_shared_and_the_last_is_copied():
     assert not pages.cover(1, 24)  # four wanted, two left
     pages.leave(5)
     assert sorted(set(pages.table().ravel().tolist())) == [4, 5, 7, 8, 10, 11, 12]
+
+
+def test_pages_of_a_prompt_whose_samples_have_left_are_free_for_the_next():
+    """By hand: contexts of 20 fill four pages and end in a fifth; twelve hold two of them, and a page to grow."""
+    pages = SharedPages(PAGED)
+    assert len(pages.enter(0, 0, 20)) == 5
+    pages.leave(0)
+    assert pages.enter(0, 0, 20) == [Copy(0, 4, 4)]  # the other four were kept
+    pages.leave(0)
+    assert len(pages.enter(1, 1, 20)) == 5
+    assert len(pages.enter(2, 2, 20)) == 5
 
 
 ACTIONS = strategies.lists(

@@ -70,9 +70,13 @@ class SharedPages:
         return slot // self._slots_of_part
 
     def enter(self, slot: int, row: int, context_tokens: int) -> list[Copy] | None:
-        """What to copy so that the slot has the context that stands in a prefilled row; None where there is no room."""
+        """What to copy so that the slot has the context that stands in a prefilled row; None where there is no room.
+
+        Rows are entered one after the other: what an earlier one keeps for samples still to come is free again.
+        """
         # the context's last token is decoded again and enters its page, so that page is never shared
         full, part = (context_tokens - 1) // self._size, self.part(slot)
+        self.forget_rows(but=row)
         known = self._of_row.get((part, row))
         first = part * self._slots_of_part
         busy = sum(map(bool, self._of_slot[first : first + self._slots_of_part]))  # may soon want one more each
@@ -103,11 +107,10 @@ class SharedPages:
         self._of_slot[slot] = []
         self._table[slot] = self._share
 
-    def forget_rows(self) -> None:
-        """Rows mean other contexts from now on."""
-        for (part, _), pages in self._of_row.items():
-            self._drop(part, pages)
-        self._of_row = {}
+    def forget_rows(self, *, but: int | None = None) -> None:
+        """Rows mean other contexts from now on, or all but one have no samples to come."""
+        for part, row in [known for known in self._of_row if known[1] != but]:
+            self._drop(part, self._of_row.pop((part, row)))
 
     def table(self) -> Int32[np.ndarray, "S M"]:
         """The page of each slot's m-th block, counted within its share; past the last page where it has none."""

@@ -86,9 +86,6 @@ class Running:
                 break
             place, row = self._waiting[0]
             found = self._room.enter(slot, row, context_tokens(self._requests[place]))
-            if found is None and not entering and self._seats.is_empty:
-                self._room.forget_rows()
-                found = self._room.enter(slot, row, context_tokens(self._requests[place]))
             if found is None:
                 continue  # a slot of another share of the pages may have room
             entering[slot] = self._waiting.popleft()

@@ -46,11 +46,6 @@ class Seats:
         """The slots that hold nobody, rising."""
         return np.flatnonzero(self.places == NOBODY).tolist()
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no slot holds anybody."""
-        return bool((self.places == NOBODY).all())
-
     def is_free(self, slot: int) -> bool:
         """Whether the slot holds nobody."""
         return bool(self.places[slot] == NOBODY)
