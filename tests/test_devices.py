@@ -245,21 +245,25 @@ def test_parameters_sums_and_moments_are_cut_by_the_table(folder, mesh):
     assert set(seen.values()) == {8}  # parameters, sums, mu, nu; twice
 
 
+def asked(questions, index):
+    """One completion of each of these questions."""
+    return [
+        Request(
+            sample_id=SampleId(question.question_id, 0, index),
+            prompt_tokens=question.prompt_tokens,
+            max_completion_tokens=20,
+            stop_ids=frozenset({2}),
+        )
+        for question in recorded.questions()[questions]
+    ]
+
+
 def sampled(folder, mesh):
     """Six groups of four completions, sampled on a mesh."""
     key = ("samples", mesh)
     if key not in CACHE:
         policy, _ = built(folder, mesh)
-        requests = [
-            Request(
-                sample_id=SampleId(question.question_id, 0, index),
-                prompt_tokens=question.prompt_tokens,
-                max_completion_tokens=20,
-                stop_ids=frozenset({2}),
-            )
-            for question in recorded.questions()[:6]
-            for index in range(4)
-        ]
+        requests = [one for index in range(4) for one in asked(slice(6), index)]
         CACHE[key] = policy.sample(policy.params, requests, jax.random.key(0))
     return CACHE[key]
 
@@ -271,6 +275,19 @@ def test_rollouts_on_eight_devices_are_the_one_device_rollouts(folder, mesh):
     assert len({len(sample.completion_tokens) for sample in expected}) > 5
     for sample, one in zip(sampled(folder, mesh), expected, strict=True):
         assert sample.sample_id == one.sample_id
+        assert np.array_equal(sample.completion_tokens, one.completion_tokens)
+        np.testing.assert_allclose(sample.sampler_logprobs, one.sampler_logprobs, rtol=0, atol=1e-4)
+
+
+def test_rollouts_in_pages_on_eight_devices_are_the_one_device_rollouts(folder):
+    """Sixteen slots in four shares of twelve pages, where four samples may want up to six each."""
+    config = config_of(folder, SPREAD["2x2x2"])
+    paged = dataclasses.replace(config.rollout, cache_positions=4 * 12 * 8, cache_page=8)
+    policy = build_policy(dataclasses.replace(config, rollout=paged))
+    requests = [one for index in range(3) for one in asked(slice(16), index)]
+    samples = policy.sample(policy.params, requests, jax.random.key(0))
+    whole = built(folder, ONE)[0]
+    for sample, one in zip(samples, whole.sample(whole.params, requests, jax.random.key(0)), strict=True):
         assert np.array_equal(sample.completion_tokens, one.completion_tokens)
         np.testing.assert_allclose(sample.sampler_logprobs, one.sampler_logprobs, rtol=0, atol=1e-4)
 

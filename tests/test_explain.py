@@ -375,8 +375,8 @@ def test_explain_refuses_lengths_that_are_none(capsys, words):
     assert f"change {words[0]}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rank", [None, 8])
-def test_explain_bytes_are_those_of_the_lowered_programs(eight_devices, rank):
+@pytest.mark.parametrize(("rank", "positions"), [(None, None), (8, None), (None, 600)])
+def test_explain_bytes_are_those_of_the_lowered_programs(eight_devices, rank, positions):
     """A mesh of eight, rollouts in another layout, bf16: the shapes and shardings that `hptjax plan` compiles."""
     config = changed(
         Config(),
@@ -390,6 +390,8 @@ def test_explain_bytes_are_those_of_the_lowered_programs(eight_devices, rank):
         batch__rows=4,
         rollout__slots=16,
         rollout__prefill_rows=4,
+        rollout__cache_positions=positions,
+        rollout__cache_page=16,
     )
     shape = folder_shape(config)
     programs = run_programs(config, stage_list(config)[-1], shape, mesh_on(config, eight_devices))
@@ -405,3 +407,6 @@ def test_explain_bytes_are_those_of_the_lowered_programs(eight_devices, rank):
         names |= {"parameters": "adapters, fp32", "model beside the adapters": "the model, bfloat16"}
     for name, row in names.items():  # beside the moments and the sums there are a few counters
         assert 0 <= planned[name] - rows[row].device <= 200, name
+    if positions is not None:  # 600 // (16 x 2 devices that slots are cut over) pages on each of the two
+        assert rows["KV cache"].whole == 2 * shape.num_layers * 2 * 18 * 16 * shape.num_kv_heads * shape.head_dim * 2
+        assert programs.lower["decode"]() is not None
