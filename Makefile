@@ -32,8 +32,9 @@ endif
 quickstart: $(STAMP)
 	$(BIN)/hptjax train configs/quickstart.toml
 
+# at the compiler's cheapest level, to save time; test-full runs the same tests at the level that users have
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-full: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not tpu"

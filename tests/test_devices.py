@@ -35,12 +35,18 @@ SPREAD = {
     "slices": MeshConfig(replica=2, fsdp=4, rollout_rules="decode"),
 }
 MESHES = {"1x1": ONE, **SPREAD}
-on_meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
-SLOW = ("8x1", "4x2", "slices")
-on_eight = pytest.mark.parametrize(
-    "mesh",
-    [pytest.param(mesh, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, mesh in SPREAD.items()],
-)
+SLOW = ("8x1", "4x2", "2x2x2", "slices")
+
+
+def on(meshes):
+    """A case for each mesh."""
+    marks = {name: pytest.mark.slow if name in SLOW else () for name in meshes}
+    return pytest.mark.parametrize(
+        "mesh", [pytest.param(mesh, id=name, marks=marks[name]) for name, mesh in meshes.items()]
+    )
+
+
+on_meshes, on_eight = on(MESHES), on(SPREAD)
 SHAPE = ShapeConfig(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=32)
 UNIT_ROUNDOFF = 2.0**-24
 LEARNING_RATE = 1e-3

@@ -29,7 +29,8 @@ def test_time_table_has_hand_numbers():
     assert time_table(rows[:2]).startswith("no step after the first")
 
 
-@pytest.mark.parametrize("steps", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [2, 4])
 def test_profiled_run_leaves_a_trace_with_its_phases(tmp_path, capsys, steps):
     config = changed(tiny.tiny_config(tmp_path), train__steps=steps, checkpoint__every_steps=1, train__eval_every=0)
     with tiny.hashed():

@@ -305,6 +305,7 @@ def train_tiny(name, place):
     return steps, read_rows(run / "ledger.jsonl"), json.loads((run / "data.json").read_text())
 
 
+@pytest.mark.slow
 def test_recipe_trains_two_updates_with_a_tiny_model_of_its_family(place):
     """HPT on the 1.5B: a random model solves nothing, so both updates learn from demonstrations that verified."""
     steps, ledger, data = train_tiny(FAST, place)

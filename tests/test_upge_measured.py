@@ -90,7 +90,7 @@ def by_hand(draw, row, params, decoder):
     return gradient(params, samples, np.asarray(advantages) / tokens, decoder)
 
 
-@pytest.mark.parametrize("row", ["rloo", "reinforce", "sft"])
+@pytest.mark.parametrize("row", [pytest.param("rloo", marks=pytest.mark.slow), "reinforce", "sft"])
 def test_measured_figures_are_those_of_gradients_taken_sample_by_sample(measured, row):
     grads = {
         name: np.stack([by_hand(draw, name, measured.params, measured.decoder) for draw in measured.draws])

@@ -217,7 +217,7 @@ def on_one_device(decoders):
 @pytest.mark.parametrize(
     ("saved_on", "resumed_on"),
     [
-        ((4, 2), (1, 1)),
+        pytest.param((4, 2), (1, 1), marks=pytest.mark.slow),
         pytest.param((8, 1), (1, 1), marks=pytest.mark.slow),
         pytest.param((8, 1), (2, 2), marks=pytest.mark.slow),
     ],
