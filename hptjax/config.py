@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from hptjax.config_lora import LoraConfig
 from hptjax.config_methods import MethodName, MethodsConfig, RolloutRow
+from hptjax.config_server import ServerConfig
 from hptjax.config_text import struct_list
 
 ScheduleKind = Literal["constant", "linear", "cosine"]
@@ -177,6 +178,8 @@ class RolloutConfig:
     # real lengths; None: cache_capacity for each slot
     cache_positions: int | None = None
     cache_page: int = 64  # positions of a page
+    engine: Literal["own", "server"] = "own"  # who samples for training; evaluations are always our own engine's
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)  # docs/outside_engine.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,8 +401,13 @@ class Config:
 
 # A run folder may be opened again with these changed. None of them reaches a number that the run computes, but for the
 # mesh and the processes: after a move to other devices counts stay exact, summed gradients agree within rounding
-# (accumulation spec 3.6) and not to the bit, and a token sampled near a tie may differ.
-MAY_CHANGE = ("telemetry.", "compare.", "runs_dir", "train.log_every", "mesh.", "distributed.")
+# (accumulation spec 3.6) and not to the bit, and a token sampled near a tie may differ. A server may move, and be
+# reached otherwise; that it samples, and what it is told beside, may not change.
+SERVER_MAY_CHANGE = "url model weights_folder updates concurrency attempts timeout_s update_timeout_s api_key_env"
+MAY_CHANGE = (
+    *("telemetry.", "compare.", "runs_dir", "train.log_every", "mesh.", "distributed."),
+    *(f"rollout.server.{name}" for name in SERVER_MAY_CHANGE.split()),
+)
 
 
 def resolved(config: Config) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from hptjax.config_constants import constant_problems
 from hptjax.config_lora import lora_problems
 from hptjax.config_methods import GATED, PAIRED, learns_by_sft, learns_from_rollouts, samples_per_bundle
 from hptjax.config_prefix import prefix_problems
+from hptjax.config_server import server_problems
 
 AT_LEAST_ONE = (
     "task.instances data.train_questions data.validation_questions data.test_questions data.questions_per_step "
@@ -21,6 +22,7 @@ AT_LEAST_ONE = (
     "batch.rows batch.row_tokens batch.max_segments batch.max_micro_batches "
     "train.steps train.updates_per_rollout_batch train.log_every eval.questions eval.samples_per_question "
     "checkpoint.every_steps checkpoint.keep_last mesh.replica mesh.data mesh.fsdp mesh.sequence mesh.tensor "
+    "rollout.server.concurrency rollout.server.attempts "
     "methods.relift_buffer methods.dapo_draws methods.pear_block_tokens "
     "model.logprob_chunk_tokens model.attention_block hpt.ranks hpt.logical_micro_tokens model.shape.hidden_size "
     "model.shape.num_layers model.shape.num_heads methods.uft_segments "
@@ -38,6 +40,7 @@ AT_LEAST_ZERO = (
     "train.probe_every train.rollouts_every train.panel_questions eval.train_questions checkpoint.keep_best"
 ).split()
 ABOVE_ZERO = (
+    "rollout.server.timeout_s rollout.server.update_timeout_s "
     "rollout.temperature rollout.top_p reward.deadline_s optimizer.learning_rate optimizer.eps eval.temperature "
     "eval.top_p "
     "optimizer.clip_norm optimizer.skip_norm hpt.clip_low hpt.clip_high optimizer.decay_steps model.shape.rope_theta "
@@ -194,6 +197,13 @@ def _check_rollout(config: Config) -> None:
         )
     if rollout.top_p > 1:
         _refuse("rollout.top_p in (0, 1]", f"{rollout.top_p}", "rollout.top_p")
+    for problem in server_problems(
+        rollout.server,
+        used=rollout.engine == "server",
+        correction=config.hpt.sampler_correction,
+        learns=any(learns_from_rollouts(method) for _, method, _ in steps_of(config)),
+    ):
+        _refuse(*problem)
     if config.eval.top_p > 1:
         _refuse("eval.top_p in (0, 1]", f"{config.eval.top_p}", "eval.top_p")
     functions = config.reward.functions

@@ -19,6 +19,10 @@ class FailedElsewhere(RuntimeError):
         self.status = status
 
 
+class SamplingFailed(RuntimeError):
+    """Who samples for this run cannot go on. What was sampled is kept, so that the run can be taken up again."""
+
+
 def raised_here(error: BaseException) -> bool:
     """Whether the error was raised by hptjax itself: its message then names the field, and a traceback adds nothing."""
     frames = list(traceback.walk_tb(error.__traceback__))

@@ -132,10 +132,10 @@ def update_lines(config: Config) -> list[str]:
     if learns_from_rollouts(config.method):
         group = _group_size(config)
         fills = -(-questions * group // rollout.slots)
-        lines.append(
-            f"rollouts     {questions} questions x {group} = {questions * group} per step, "
-            f"in {rollout.slots} slots, each filled {fills} time{'s' * (fills > 1)}"
-        )
+        where = f"in {rollout.slots} slots, each filled {fills} time{'s' * (fills > 1)}"
+        if rollout.engine == "server":
+            where = f"by the server at {rollout.server.url}, {rollout.server.concurrency} at a time"
+        lines.append(f"rollouts     {questions} questions x {group} = {questions * group} per step, {where}")
     if config.method in GATED:
         fewest = questions // updates
         lines.append(f"samples      {fewest} (every question gated to its demonstration) to {samples} (none)")

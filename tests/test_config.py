@@ -15,6 +15,7 @@ from hptjax.config_batch import StageSchedule, micro_batches_needed, samples_per
 from hptjax.config_check import check
 from hptjax.config_load import load_config, read_file
 from hptjax.config_methods import MicroGroupRow, SoftRow
+from hptjax.config_server import ServerCall
 from hptjax.explain import stage_lines
 from hptjax.train.optimizer import make_schedule
 
@@ -108,6 +109,8 @@ def other_value(hint: typing.Any, value: typing.Any) -> tuple[list[str], typing.
         return ["[{rl = 0, off = 0.5, sft = 1}]"], (SoftRow(0.0, 0.5, 1.0),)
     if hint == tuple[MicroGroupRow, ...]:
         return ["[{count = 4, ratio = 0.5, below = 1}]"], (MicroGroupRow(4, 0.5, 1.0),)
+    if hint == tuple[ServerCall, ...]:
+        return ['[{path = "/take", body = "[]"}]'], (ServerCall("/take", "[]"),)
     if hint == tuple[RuleConfig, ...]:
         return ['[{axis = "embed", over = ["data", "fsdp"]}]'], (RuleConfig("embed", ("data", "fsdp")),)
     if hint == tuple[str, ...]:

@@ -22,6 +22,7 @@ from hptjax.build.summary import summarise, summary_table
 from hptjax.build.weights import export
 from hptjax.build.world import Saver, build_cadence, build_telemetry, build_world
 from hptjax.config import Config, resolved
+from hptjax.errors import SamplingFailed
 from hptjax.masked import mean
 from hptjax.records import Question
 from hptjax.rundir import check_seen, has_begun, held, mark, open_run_folder, read_json, run_folder, write_json
@@ -156,6 +157,10 @@ def _train(
                 kept = "and saved at" if saver.saved else "without a checkpoint of"
                 telemetry.say(f"stopped {kept} step {progress.step}; the same command continues")
                 raise SystemExit(0) from None
+            except SamplingFailed:
+                kept = "what was sampled is saved" if saver.saved else "nothing of it is saved"
+                telemetry.say(f"sampling failed in step {progress.step + 1}; {kept}, the same command continues")
+                raise
         totals = to_host(state.totals)
         exported = to_host(state.params["policy"]) if config.checkpoint.export_folder is not None else None
 

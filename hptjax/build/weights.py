@@ -49,12 +49,12 @@ def load_weights(parts: Parts, checkpoint: str) -> Any:
     return restored.state.params["policy"]
 
 
-def export(parts: Parts, params: Params, folder: Path) -> None:
-    """Writes the model, given as host arrays of what was trained, as a Hugging Face folder in bf16; adapters merged."""
+def export(parts: Parts, params: Params, folder: Path, *, dtype: str = "bfloat16") -> None:
+    """Writes the model, given as host arrays of what was trained, as a Hugging Face folder; adapters merged."""
     model, lora = parts.config.model, asked_adapter(parts.config)
     if lora is not None and model.path is not None:
         params = merge_on_host(load_folder(model.path)[1], params, lora.scale)
-    write_model(folder, parts.policy.config, params, model, parts.policy.tokenizer, dtype="bfloat16")
+    write_model(folder, parts.policy.config, params, model, parts.policy.tokenizer, dtype=dtype)
 
 
 def write_model(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from hptjax.build.outside import outside_sampler
 from hptjax.build.parts import TRAIN_KEY, Parts
 from hptjax.config import Config, resolved
 from hptjax.data import tokenizer as text
@@ -82,10 +83,11 @@ def build_world(
     Args
       questions: the training questions by id. ledger: appends a row to ledger.jsonl.
     """
-    exact = parts.config.model.compute_dtype == "float32"  # elsewhere sampler and trainer may differ by more
+    outside = parts.config.rollout.engine == "server"
+    exact = parts.config.model.compute_dtype == "float32" and not outside  # else sampler and trainer may differ by more
     return World(
         questions=questions,
-        sample=_sampler(parts),
+        sample=outside_sampler(parts) if outside else _sampler(parts),
         judge=parts.judge,
         reward_names=tuple(function.name for function in parts.config.reward.functions),
         put=lambda micro_batch: put_micro_batch(parts.policy.mesh, micro_batch, parts.policy.rules),

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from hptjax.diagnostics.metrics import merge
+from hptjax.errors import SamplingFailed
 from hptjax.hpt.assemble import Update
 from hptjax.records import Sample
 from hptjax.sharding.agree import check_same
@@ -48,8 +49,8 @@ def run(
 ) -> tuple[TrainState, Progress]:
     """All stages from where `progress` stands to the end.
 
-    Raises Stopped after a clean save when `world.should_stop()` says so, AccumulationError when an update's evidence
-    fails (nothing of that update is applied).
+    Raises Stopped after a clean save when `world.should_stop()` says so, SamplingFailed after such a save when who
+    samples cannot go on, AccumulationError when an update's evidence fails (nothing of that update is applied).
     """
     if progress.evaluated < 0:
         _evaluate(state, progress, world, cadence)
@@ -207,14 +208,18 @@ def _roll_out_in_rounds(
     """Samples and judges until the stage's plan asks for nothing new, in one round for most. It saves where stopped."""
     while True:
         with _timed(seconds, "rollout"):
-            complete = roll_out(
-                step,
-                state.params["policy"],
-                plan=stage.plan,
-                stage_step=progress.stage_step,
-                sample=world.sample,
-                should_stop=world.should_stop,
-            )
+            try:
+                complete = roll_out(
+                    step,
+                    state.params["policy"],
+                    plan=stage.plan,
+                    stage_step=progress.stage_step,
+                    sample=world.sample,
+                    should_stop=world.should_stop,
+                )
+            except SamplingFailed:
+                _save(stage, state, progress, world, wait=True)
+                raise
         if not complete:
             _save(stage, state, progress, world, wait=True)
             raise Stopped
