@@ -12,6 +12,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
 import time
 import typing
@@ -40,6 +43,7 @@ from hptjax.config_methods import MethodName, learns_from_rollouts
 from hptjax.config_server import ServerCall, ServerConfig
 from hptjax.data.tokenizer import decode, load_tokenizer
 from hptjax.errors import SamplingFailed
+from hptjax.explain import update_lines
 from hptjax.losses.estimator import Need
 from hptjax.losses.words import words_of
 from hptjax.models import decoder
@@ -51,7 +55,9 @@ from hptjax.rollout.post import Attempts, Passing, Refused
 from hptjax.train.jsonl import read_rows
 from tests import tiny
 from tests.completion_server import CompletionServer, answer_to, draw, table
+from tests.outside_pair import served_pair
 from tests.test_config import VALID, changed
+from tests.test_multihost import ONE_DEVICE, free_port
 
 V = 12
 ODDS = table(V)
@@ -206,24 +212,37 @@ def test_outside_attempt_that_may_pass_is_made_again_alike(fault):
     assert [s.completion_tokens.tolist() for s in samples] == [drawn_again(r)[0] for r in REQUESTS]
 
 
-def failing(server, **options):
+def failing(server, should_stop=lambda: False, **options):
     """The message that a call ends with, and what was kept of it."""
     kept = []
     with pytest.raises(SamplingFailed) as caught:
-        engine(server, **options)("w", REQUESTS, on_finished=kept.extend)
+        engine(server, **options)("w", REQUESTS, should_stop=should_stop, on_finished=kept.extend)
     return str(caught.value), kept
 
 
 def test_outside_request_that_fails_for_good_ends_the_call_and_the_rest_is_kept():
-    bad = seed_of(5, REQUESTS[5].sample_id)
-    with CompletionServer(ODDS) as server:
-        server.respond = lambda body, attempt: reply({"message": "out of memory"}, 500) if body["seed"] == bad else None
-        message, kept = failing(server, concurrency=2)
-    for word in ["rollout 1/0/1 was not sampled", "expected", "status 200, got 500", "out of memory", "tried 3 times"]:
-        assert word in message
-    assert {s.sample_id for s in kept} >= {r.sample_id for r in REQUESTS[:5]}
-    assert len(kept) < len(REQUESTS)
-    assert {body["seed"] for body in server.asked} <= {bad} | {seed_of(5, s.sample_id) for s in kept}
+    bad, failed = seed_of(5, REQUESTS[5].sample_id), []
+
+    def respond(body, attempt):
+        failed.extend([attempt] if body["seed"] == bad else [])
+        return reply({"message": "out of memory"}, 500) if body["seed"] == bad else None
+
+    def come_late():
+        while len(failed) < 3:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        return False
+
+    for should_stop in (lambda: False, come_late):  # late: answers and failure are found together
+        failed.clear()
+        with CompletionServer(ODDS) as server:
+            server.respond = respond
+            message, kept = failing(server, should_stop, concurrency=2)
+        for word in ["rollout 1/0/1 was not sampled", "expected", "got 500", "out of memory", "tried 3 times"]:
+            assert word in message
+        assert {s.sample_id for s in kept} >= {r.sample_id for r in REQUESTS[:5]}
+        assert len(kept) < len(REQUESTS)
+        assert {body["seed"] for body in server.asked} <= {bad} | {seed_of(5, s.sample_id) for s in kept}
 
 
 @pytest.mark.parametrize(
@@ -471,6 +490,7 @@ def test_outside_config_never_shows_what_might_be_a_key():
 def test_outside_config_that_can_run_passes():
     check(with_server())
     check(changed(with_server("none"), method="sft"))
+    assert "by the server at http://host:8000/v1, 64 at a time" in "\n".join(update_lines(with_server()))
     assert extra_fields(dataclasses.replace(SERVER, extra_body='{"no_stop_trim": true}')) == {"no_stop_trim": True}
     with pytest.raises(ValueError, match="got seed, temperature"):
         extra_fields(dataclasses.replace(SERVER, extra_body='{"temperature": 0, "seed": 1}'))
@@ -688,3 +708,45 @@ def test_outside_run_whose_server_fails_is_taken_up_again_to_the_same_end(tmp_pa
     assert [name for name, _ in server.weights] == [
         name for name, _ in (*whole.server.weights, whole.server.weights[1])
     ]
+
+
+@pytest.mark.slow
+def test_outside_two_processes_hear_of_the_same_samples_and_the_same_failure(tmp_path):
+    """Process 0 asks; a request that fails ends both, with what was sampled saved, and both go on from it."""
+    places, failed = itertools.count(), []
+
+    def respond(body, attempt):
+        if next(places) == 9:
+            failed.append(body["seed"])
+            return reply(b"gone", 500)
+        return None
+
+    with CompletionServer() as server:
+        server.respond = respond
+        served_pair(tmp_path, server.root)  # the tokenizer, before two processes would write it
+        port = free_port()
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.outside_pair", str(tmp_path), port, str(index), f"{server.root}/v1"],
+                cwd=Path(__file__).resolve().parents[1],
+                env=os.environ | ONE_DEVICE,
+            )
+            for index in range(2)
+        ]
+        try:
+            assert [process.wait(400) for process in processes] == [0, 0]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    (first, second), others = (json.loads((tmp_path / f"outcome_{index}.json").read_text()) for index in range(2))
+    assert [first["message"], second["status"]] == [others[0]["message"], others[1]["status"]]
+    assert "was not sampled: expected" in first["message"]
+    assert "got 500: gone" in first["message"]
+    assert second["status"] == 0
+    counts = Counter(body["seed"] for body in server.asked)
+    assert len(counts) == 24
+    assert {seed for seed, count in counts.items() if count > 1} == set(failed)
+    assert len({name for name, _ in server.weights}) == 1
+    rows = read_rows(tmp_path / "runs" / "tiny" / "ledger.jsonl")
+    assert [row["sequences"] for row in rows] == [24]
