@@ -207,6 +207,8 @@ def _roll_out_in_rounds(
 ) -> None:
     """Samples and judges until the stage's plan asks for nothing new, in one round for most. It saves where stopped."""
     while True:
+        failure: SamplingFailed | None = None
+        complete = False
         with _timed(seconds, "rollout"):
             try:
                 complete = roll_out(
@@ -217,12 +219,11 @@ def _roll_out_in_rounds(
                     sample=world.sample,
                     should_stop=world.should_stop,
                 )
-            except SamplingFailed:
-                _save(stage, state, progress, world, wait=True)
-                raise
-        if not complete:
+            except SamplingFailed as error:
+                failure = error
+        if not complete:  # not in the handler above: a save asks whether anything has failed in it
             _save(stage, state, progress, world, wait=True)
-            raise Stopped
+            raise failure or Stopped
         if unjudged(step):
             with _timed(seconds, "reward"):
                 judge_rollouts(step, world.judge, stage.penalty)
