@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import typing
 from collections import Counter
 from pathlib import Path
@@ -41,6 +42,7 @@ from hptjax.config import Config
 from hptjax.config_check import check
 from hptjax.config_methods import MethodName, learns_from_rollouts
 from hptjax.config_server import ServerCall, ServerConfig
+from hptjax.config_text import build
 from hptjax.data.tokenizer import decode, load_tokenizer
 from hptjax.errors import SamplingFailed
 from hptjax.explain import update_lines
@@ -758,3 +760,18 @@ def test_outside_two_processes_hear_of_the_same_samples_and_the_same_failure(tmp
     assert len({name for name, _ in server.weights}) == 1
     rows = read_rows(tmp_path / "runs" / "tiny" / "ledger.jsonl")
     assert [row["sequences"] for row in rows] == [24]
+
+
+def test_outside_settings_of_the_docs_are_accepted(repository):
+    """The TOML of docs/outside_engine.md, as a config has it, for both servers."""
+    page = (repository / "docs" / "outside_engine.md").read_text()
+    lines = [line[4:] for line in page.splitlines() if line.startswith("    ")]
+    start = lines.index("[rollout]")
+    text = "\n".join(lines[start : lines.index('sampler_correction = "token_tis"') + 1])
+    (sglang,) = [line for line in lines if line.startswith("updates = [{")]
+    for updates in ({}, tomllib.loads(sglang)):
+        values = tomllib.loads(text) | {"model": {"tokenizer": "somewhere"}}
+        values["rollout"]["server"] |= updates
+        config = build(Config, values, source="docs")
+        check(config)
+        assert "/w/x" in json.dumps(call_body(config.rollout.server.updates[0], Path("/w/x"), "v"))
