@@ -178,6 +178,10 @@ class RolloutConfig:
     # real lengths; None: cache_capacity for each slot
     cache_positions: int | None = None
     cache_page: int = 64  # positions of a page
+    # "int8" takes half of bf16, and samples, in evaluations too, from a policy a little off the one that learns:
+    # rollout/logp_diff_mean says how far, hpt.sampler_correction weighs samples by it
+    weights_dtype: Literal["compute_dtype", "int8"] = "compute_dtype"  # the layers' matrices, a scale per output
+    cache_dtype: Literal["compute_dtype", "int8"] = "compute_dtype"  # keys and values, a scale per position and head
     engine: Literal["own", "server"] = "own"  # who samples for training; evaluations are always our own engine's
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)  # docs/outside_engine.md
 

@@ -20,7 +20,9 @@ from hptjax.config_batch import SHORT_ROW_TOKENS, mesh_devices, mesh_sizes, mesh
 from hptjax.explain import human_bytes
 from hptjax.model_shape import adapter_count, asked_adapter
 from hptjax.models import decoder
+from hptjax.models.cache import cache_axes, cache_shapes
 from hptjax.models.lora import adapter_axes, adapter_shapes
+from hptjax.models.quantise import MATRICES, SCALE, with_scales
 from hptjax.models.shape import DecoderConfig
 from hptjax.sharding.rules import AXES, Rules, named_shardings, parts
 
@@ -71,7 +73,15 @@ def held(config: Config, shape: DecoderConfig) -> list[Held]:
     axes, shapes = decoder.logical_axes(shape), decoder.param_shapes(shape)
     places = [named_shardings(mesh, axes, shapes, rules) for rules in (training, sampling)]
     size = {True: FP32_BYTES, False: compute_bytes}  # the scales of norms stay as they are
+    int8 = config.rollout.weights_dtype == "int8"
     as_used = [_entries(shapes, place, lambda name: size[name.endswith("norm")]) for place in places]
+    if int8:
+        kept = with_scales(shapes)
+        as_used[1] = _entries(
+            kept,
+            named_shardings(mesh, with_scales(axes), kept, sampling),
+            lambda name: 1 if name in MATRICES else size[name.endswith(("norm", SCALE))],
+        )
     lora, rows = asked_adapter(config), []
     if lora is None:
         whole, device = _entries(shapes, places[0])
@@ -81,9 +91,13 @@ def held(config: Config, shape: DecoderConfig) -> list[Held]:
         rows.append(Held(f"the model, {config.model.compute_dtype}", *as_used[0]))
     of = "parameters" if lora is None else "adapters"
     sizes_of_cache = decode_shape(config, shape.vocab_size, parts(sizes, "batch", sampling)).cache_sizes
-    cache = (shape.num_layers, *sizes_of_cache, shape.num_kv_heads, shape.head_dim)
-    caches = decoder.Cache(keys=cache, values=cache)
-    cached, cached_on_device = _entries(caches, named_shardings(mesh, decoder.cache_axes(), caches, sampling))
+    int8_cache = config.rollout.cache_dtype == "int8"
+    cache = cache_shapes(shape, *sizes_of_cache, int8=int8_cache)
+    cached = _entries(
+        cache,
+        named_shardings(mesh, cache_axes(int8=int8_cache), cache, sampling),
+        lambda name: FP32_BYTES if name.endswith("scales") else 1 if int8_cache else compute_bytes,
+    )
     positions = config.batch.rows * config.batch.row_tokens
     logits = min(config.model.logprob_chunk_tokens, positions) * shape.vocab_size * FP32_BYTES
     over = math.prod(parts(sizes, name, training) for name in ("batch", "time", "vocab"))
@@ -109,9 +123,9 @@ def held(config: Config, shape: DecoderConfig) -> list[Held]:
             "training",
         ),
     ]
-    if places[0] != places[1] or lora is not None:
+    if places[0] != places[1] or lora is not None or int8:
         rows.append(Held("weights of rollouts", *as_used[1], "sampling"))
-    return [*rows, Held("KV cache", cached * compute_bytes, cached_on_device * compute_bytes, "sampling")]
+    return [*rows, Held("KV cache", *cached, "sampling")]
 
 
 def layer_entries(config: Config, shape: DecoderConfig, sizes: dict[str, int], rules: Rules) -> tuple[float, float]:
@@ -160,7 +174,7 @@ def _entries(shapes: Any, places: Any, size: Any = None) -> tuple[float, float]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=lambda node: type(node) is tuple)
     whole = device = 0.0
     for (path, sizes), place in zip(leaves, jax.tree.leaves(places), strict=True):
-        factor = 1 if size is None else size(str(getattr(path[-1], "key", "")))
+        factor = 1 if size is None else size(str(getattr(path[-1], "key", getattr(path[-1], "name", ""))))
         whole += factor * math.prod(sizes)
         device += factor * math.prod(place.shard_shape(sizes))
     return whole, device

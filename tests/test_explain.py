@@ -208,6 +208,17 @@ def test_explain_bytes_per_device_by_hand():
     assert rows["activations of a micro-batch (about)"].device == 16 * 9216 * 28 * 1536 * 2 / 2
 
 
+def test_explain_bytes_of_int8_rollouts_by_hand():
+    """The same model and mesh: matrices of a byte with a float32 per output, and one per key or value of a head."""
+    config = changed(recipe("hpt_qwen2.5_math_1.5b", "--mesh.fsdp", "2", "--mesh.tensor", "2"), model__path=None)
+    rows, plain = by_name(changed(config, rollout__weights_dtype="int8", rollout__cache_dtype="int8")), by_name(config)
+    matrices = 28 * (2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960)
+    scales = 4 * 28 * ((1536 + 2 * 256 + 2 * 8960) / 2 + 2 * 1536)  # those of output and down lie whole everywhere
+    assert rows["weights of rollouts"].device == plain["weights of rollouts"].device - matrices / 2 + scales
+    assert rows["KV cache"].whole == 2 * 28 * 256 * 9216 * 2 * (128 + 4)
+    assert rows["KV cache"].device == rows["KV cache"].whole / 4
+
+
 def test_explain_bytes_of_adapters_by_hand():
     """Rank 8 on q and down beside Qwen2.5-Math-1.5B in bf16, fsdp 2 x tensor 2; the rank is not cut."""
     config = changed(recipe("hpt_qwen2.5_math_1.5b", "--mesh.fsdp", "2", "--mesh.tensor", "2"), model__path=None)
@@ -375,8 +386,17 @@ def test_explain_refuses_lengths_that_are_none(capsys, words):
     assert f"change {words[0]}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("rank", "positions"), [(None, None), (8, None), (None, 600)])
-def test_explain_bytes_are_those_of_the_lowered_programs(eight_devices, rank, positions):
+@pytest.mark.parametrize(
+    ("rank", "positions", "dtype"),
+    [
+        (None, None, "compute_dtype"),
+        (8, None, "compute_dtype"),
+        (None, 600, "compute_dtype"),
+        (None, None, "int8"),
+        (8, 600, "int8"),
+    ],
+)
+def test_explain_bytes_are_those_of_the_lowered_programs(eight_devices, rank, positions, dtype):
     """A mesh of eight, rollouts in another layout, bf16: the shapes and shardings that `hptjax plan` compiles."""
     config = changed(
         Config(),
@@ -392,6 +412,8 @@ def test_explain_bytes_are_those_of_the_lowered_programs(eight_devices, rank, po
         rollout__prefill_rows=4,
         rollout__cache_positions=positions,
         rollout__cache_page=16,
+        rollout__weights_dtype=dtype,
+        rollout__cache_dtype=dtype,
     )
     shape = folder_shape(config)
     programs = run_programs(config, stage_list(config)[-1], shape, mesh_on(config, eight_devices))
@@ -408,5 +430,6 @@ def test_explain_bytes_are_those_of_the_lowered_programs(eight_devices, rank, po
     for name, row in names.items():  # beside the moments and the sums there are a few counters
         assert 0 <= planned[name] - rows[row].device <= 200, name
     if positions is not None:  # 600 // (16 x 2 devices that slots are cut over) pages on each of the two
-        assert rows["KV cache"].whole == 2 * shape.num_layers * 2 * 18 * 16 * shape.num_kv_heads * shape.head_dim * 2
-        assert programs.lower["decode"]() is not None
+        head = shape.head_dim * 2 if dtype != "int8" else shape.head_dim + 4
+        assert rows["KV cache"].whole == 2 * shape.num_layers * 2 * 18 * 16 * shape.num_kv_heads * head
+        assert all(programs.lower[name]() is not None for name in ("reshard", "prefill", "enter", "decode"))

@@ -12,9 +12,8 @@ import pytest
 from flax import traverse_util
 
 from hptjax.models import llama, qwen
+from hptjax.models.cache import cache_axes
 from hptjax.models.decoder import (
-    Cache,
-    cache_axes,
     decode_step,
     forward,
     init_params,
@@ -115,8 +114,12 @@ def slow_rotate(head, position, config):
     return np.array([z.real for z in turned] + [z.imag for z in turned])
 
 
-def slow_decoder(params, tokens, config):
-    """Hidden states [T D] of one unpacked sequence whose positions count from 0."""
+def slow_decoder(params, tokens, config, seen=lambda position, earlier, head: head):
+    """Hidden states [T D] of one unpacked sequence whose positions count from 0.
+
+    Args
+      seen: what a query at `position` sees of the key or value of a head at the position `earlier`.
+    """
     weights = jax.tree.map(lambda value: np.asarray(value, np.float64), params)
     eps, repeat = config.rms_norm_eps, config.num_heads // config.num_kv_heads
     hidden = [weights["embedding"][token].copy() for token in tokens]
@@ -143,11 +146,12 @@ def slow_decoder(params, tokens, config):
             for head in range(config.num_heads):
                 kv = head // repeat
                 scores = [
-                    queries[position][head] @ keys[s][kv] / math.sqrt(config.head_dim) for s in range(position + 1)
+                    queries[position][head] @ seen(position, s, keys[s][kv]) / math.sqrt(config.head_dim)
+                    for s in range(position + 1)
                 ]
                 weight = np.exp(np.array(scores) - max(scores))
                 weight /= weight.sum()
-                mixed = sum(weight[s] * values[s][kv] for s in range(position + 1))
+                mixed = sum(weight[s] * seen(position, s, values[s][kv]) for s in range(position + 1))
                 hidden[position] = hidden[position] + mixed @ w["output"][head]
             x = slow_norm(hidden[position], w["mlp_norm"], eps)
             gate = x @ w["gate"]
@@ -196,7 +200,7 @@ def test_decode_past_the_capacity_writes_nothing():
     tokens = packed_rows()[0]
     _, cache = run_prefill(params, tokens[:, :8], np.array([4, 7, 1], np.int32), capacity=18)
     _, after = run_decode(params, cache, tokens[:, 0], np.array([18, 30, 3], np.int32))
-    for before, then in zip(cache, after, strict=True):
+    for before, then in zip(jax.tree.leaves(cache), jax.tree.leaves(after), strict=True):
         assert np.array_equal(before[:, :2], then[:, :2])
     changed = np.any(np.asarray(after.keys[:, 2] != cache.keys[:, 2]), axis=(0, 2, 3))
     assert changed.tolist() == [position == 3 for position in range(18)]
@@ -257,7 +261,7 @@ def test_decode_rows_do_not_see_each_other_bitwise():
         hidden, cache = run_prefill(params, prompts, lengths, capacity=18)
         # what stands past a row's length, in its own cache too, may be anything finite
         stale = np.arange(18)[None, None, :, None, None] >= lengths[None, :, None, None, None]
-        cache = Cache(*(np.where(stale, np.float32(100 * other.normal()), np.asarray(leaf)) for leaf in cache))
+        cache = jax.tree.map(lambda leaf: np.where(stale, np.float32(100 * other.normal()), np.asarray(leaf)), cache)
         seen, token = [np.asarray(hidden[slot, :5])], 1
         for step in range(steps):
             tokens = other.integers(0, 23, slots).astype(np.int32)

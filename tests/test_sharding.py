@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from hptjax.config_batch import MESH_AXES
-from hptjax.models.decoder import Cache, cache_axes, decode_step, forward, logical_axes, param_shapes, prefill
+from hptjax.models.cache import Cache, cache_axes
+from hptjax.models.decoder import decode_step, forward, logical_axes, param_shapes, prefill
 from hptjax.models.shape import DecoderConfig
 from hptjax.sharding import agree as agreeing
 from hptjax.sharding import reshard as resharding

@@ -19,8 +19,10 @@ from hptjax.data.tokenizer import load_tokenizer, stop_ids
 from hptjax.losses.logprobs import TokenStats, token_logprobs
 from hptjax.model_shape import asked_adapter, decoder_shape
 from hptjax.models import decoder
+from hptjax.models.cache import cache_axes, cache_shapes
 from hptjax.models.folder_config import read_eos_ids
 from hptjax.models.folder_slices import load_placed
+from hptjax.models.quantise import quantised_matrices, with_scales
 from hptjax.models.shape import DecoderConfig
 from hptjax.rollout.engine import make_engine
 from hptjax.rollout.programs import DecodeStep, Prefill, RolloutShardings, Unembedding
@@ -164,7 +166,9 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
     rollout_parts = parts(mesh.shape, "batch", decode_rules)
     sizes = decode_shape(config, shape.vocab_size, rollout_parts)
     constrain_rollout = make_constrain(mesh, decode_rules)
-    decode_shardings = named_shardings(mesh, axes, shapes, decode_rules)
+    int8 = config.rollout.weights_dtype == "int8"
+    kept = (with_scales(axes), with_scales(shapes)) if int8 else (axes, shapes)
+    decode_shardings = named_shardings(mesh, *kept, decode_rules)
     return Functions(
         rules=rules,
         shardings=shardings,
@@ -175,6 +179,7 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
             compute_dtype=dtype,
             constrain=constrain_rollout,
             attention=prefill_attention(config, shape, mesh, decode_rules),
+            int8_cache=config.rollout.cache_dtype == "int8",
         ),
         decode_step=partial(
             decoder.decode_step,
@@ -185,10 +190,10 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
             parts=rollout_parts,
         ),
         unembedding=lambda params: decoder.unembedding(params, shape).astype(dtype),
-        rollout_shardings=_rollout_shardings(mesh, decode_rules, shape, sizes.cache_sizes) if mesh.size > 1 else None,
+        rollout_shardings=_rollout_shardings(config, mesh, decode_rules, shape, sizes) if mesh.size > 1 else None,
         rollout_parts=rollout_parts,
         decode_shardings=decode_shardings,
-        decode_weights=None if decode_shardings == shardings else partial(as_used, dtype=dtype),
+        decode_weights=None if decode_shardings == shardings else partial(_decode_weights, dtype=dtype, int8=int8),
     )
 
 
@@ -206,7 +211,21 @@ def decode_shape(config: Config, vocab_size: int, parts: int) -> DecodeShape:
         cache_positions=rollout.cache_positions,
         cache_page=rollout.cache_page,
         cache_parts=parts,
+        precision=" ".join(f"{what}=int8" for what in int8_parts(config)),
     )
+
+
+def int8_parts(config: Config) -> list[str]:
+    """What rollouts hold as int8: weights, cache, both or neither."""
+    rollout = config.rollout
+    held = {"weights": rollout.weights_dtype, "cache": rollout.cache_dtype}
+    return [name for name, dtype in held.items() if dtype == "int8"]
+
+
+def _decode_weights(params: Params, *, dtype: Any, int8: bool) -> Params:
+    """The weights as rollouts hold them; matrices become int8 from what they are and not from `dtype`."""
+    used = as_used(params, dtype=dtype)
+    return {**used, "layers": {**used["layers"], **quantised_matrices(params["layers"])}} if int8 else used
 
 
 def _on_a_copy(sample: Callable[..., Any], reshard: Callable[[Params], Params]) -> Callable[..., Any]:
@@ -258,12 +277,13 @@ def _stop_ids(config: Config, shape: DecoderConfig, tokenizer: Any) -> frozenset
 
 
 def _rollout_shardings(
-    mesh: jax.sharding.Mesh, rules: Rules, shape: DecoderConfig, cache_sizes: tuple[int, int]
+    config: Config, mesh: jax.sharding.Mesh, rules: Rules, shape: DecoderConfig, sizes: DecodeShape
 ) -> RolloutShardings:
     """Slots as the rows of a micro-batch; the cache by its logical axes (few kv heads are copied)."""
-    cache = (shape.num_layers, *cache_sizes, shape.num_kv_heads, shape.head_dim)  # [L B C K E]
+    int8 = config.rollout.cache_dtype == "int8"
+    shapes = cache_shapes(shape, *sizes.cache_sizes, int8=int8)
     return RolloutShardings(
         rows=row_sharding(mesh, rules),
-        cache=named_shardings(mesh, decoder.cache_axes(), decoder.Cache(keys=cache, values=cache), rules),
+        cache=named_shardings(mesh, cache_axes(int8=int8), shapes, rules),
         replicated=replicated(mesh),
     )

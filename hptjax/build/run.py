@@ -15,6 +15,7 @@ import numpy as np
 
 from hptjax.build.parts import Parts, fingerprint, open_parts
 from hptjax.build.plots import plot_run
+from hptjax.build.policy import int8_parts
 from hptjax.build.profile import time_table, tracing
 from hptjax.build.signals import stop_signals
 from hptjax.build.stages import build_stages, stage_list
@@ -133,6 +134,7 @@ def _train(
             if not quiet:
                 telemetry.say(opening_line(parts, folder, stages, progress))
             _warn_of_truncation(config, stages, telemetry.say)
+            _say_int8(config, stages, telemetry.say)
             write_ledger = _nowhere
             if is_first():
                 write_ledger = files.enter_context(open_jsonl(folder / "ledger.jsonl")).write
@@ -278,6 +280,22 @@ def _warn_of_truncation(config: Config, stages: Sequence[Stage], say: Callable[[
             f"{config.rollout.top_p}): log-probs are those before truncation, so the policy that learns is "
             "not the one that sampled; 0 and 1 turn it off"
         )
+
+
+def _say_int8(config: Config, stages: Sequence[Stage], say: Callable[[str], None]) -> None:
+    parts, correction = int8_parts(config), config.hpt.sampler_correction
+    if not parts:
+        return
+    own = config.rollout.engine == "own" and any(stage.rolls_out for stage in stages)
+    text = (
+        f"{'rollouts and evaluations' if own else 'evaluations'} hold {' and '.join(parts)} as int8 "
+        f"({', '.join(f'rollout.{name}_dtype' for name in parts)}): what samples is a little off the policy that learns"
+    )
+    if own:
+        text += f"; hpt.sampler_correction is {correction!r}" + (
+            ", so nothing corrects for it: 'token_tis' would" if correction == "none" else ", which corrects for it"
+        )
+    say(text)
 
 
 def _draw(config: Config, folder: Path, stages: Sequence[Stage]) -> None:

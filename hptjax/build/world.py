@@ -14,6 +14,7 @@ from rich.console import Console
 
 from hptjax.build.outside import outside_sampler
 from hptjax.build.parts import TRAIN_KEY, Parts
+from hptjax.build.policy import int8_parts
 from hptjax.config import Config, resolved
 from hptjax.data import tokenizer as text
 from hptjax.records import Objective, Question
@@ -32,6 +33,7 @@ from hptjax.train.telemetry import (
     make_telemetry,
     progress_sink,
     rollout_row,
+    say_sampler_gap,
     tensorboard_sink,
     wandb_sink,
     watch_sampler,
@@ -84,7 +86,11 @@ def build_world(
       questions: the training questions by id. ledger: appends a row to ledger.jsonl.
     """
     outside = parts.config.rollout.engine == "server"
-    exact = parts.config.model.compute_dtype == "float32" and not outside  # else sampler and trainer may differ by more
+    int8, log_step = int8_parts(parts.config), telemetry.write
+    if int8 and not outside:
+        log_step = say_sampler_gap(log_step, telemetry.say, f"int8 {' and '.join(int8)}")
+    elif parts.config.model.compute_dtype == "float32" and not outside:  # else they may differ by more
+        log_step = watch_sampler(log_step, telemetry.say)
     return World(
         questions=questions,
         sample=outside_sampler(parts) if outside else _sampler(parts),
@@ -93,7 +99,7 @@ def build_world(
         put=lambda micro_batch: put_micro_batch(parts.policy.mesh, micro_batch, parts.policy.rules),
         read=to_host,
         flag=_flags(parts.policy.mesh),
-        log_step=watch_sampler(telemetry.write, telemetry.say) if exact else telemetry.write,
+        log_step=log_step,
         log_ledger=ledger,
         log_rollouts=_rollout_log(parts, folder),
         evaluate=parts.evaluator.during_training(folder, sum(stage.steps for stage in stages)),

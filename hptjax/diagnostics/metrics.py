@@ -113,7 +113,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("witness/ok", MIN, "0 or 1", "1 where every update was the sum of all its micro-batches, once each"),
     Metric("actor/prefix_nll", SUM_RATIO, "nats", "negative log-prob of forced prefixes, mean over tokens"),
     Metric("rollout/logp_diff_mean", SUM_RATIO, "nats", "distance of sampler and trainer log-probs, mean over tokens"),
-    Metric("rollout/logp_diff_max", MAX, "nats", "the largest such distance; above 1e-4 in fp32 is an alarm"),
+    Metric(
+        "rollout/logp_diff_max", MAX, "nats", "the largest such distance; above 1e-4 in fp32 without int8 is an alarm"
+    ),
     # progress, time, speed
     Metric("train/stage", LAST, "index", "which stage of the run the step belongs to, 0 upwards"),
     Metric("train/updates", SUM, "updates", "optimizer updates of the step, applied or not"),

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 from hptjax.types import Array
 
@@ -27,6 +27,10 @@ PackedAttention = Callable[[Array], Attend]
 # place of the first query among the keys -> [B T H E]
 PartAttention = Callable[[Array, Array, Array, Array, Array, Array | int], Array]
 
+# scales of int8 keys and of int8 values, see `models/quantise.py`; where these are not int8, nothing
+Scales = tuple[Array | None, Array | None]
+UNSCALED: Scales = (None, None)
+Block = tuple[Array, Array, Scales, Array]
 Implementation = Literal["reference", "chunked", "splash", "cudnn"]
 
 SAVED = "attention"  # name of what the remat policy of this name keeps: results and log normalisers
@@ -91,27 +95,28 @@ def attention_step(
     query: Float[Array, "B 1 H E"],
     key: Float[Array, "B 1 K E"],
     value: Float[Array, "B 1 K E"],
-    cached_keys: Float[Array, "B C K E"],
-    cached_values: Float[Array, "B C K E"],
+    cached_keys: Num[Array, "B C K E"],
+    cached_values: Num[Array, "B C K E"],
     mask: Bool[Array, "B C"],
+    scales: Scales = UNSCALED,
 ) -> Float[Array, "B 1 H E"]:
     """Attention of one new position over the cached ones (where the mask is True) and itself.
 
     The new key and value stand beside the cache instead of in it, so that a step reads the cache and writes it once
     for all layers.
+
+    Args
+      scales: of int8 keys and values, [B C K] each, which scores and weights are multiplied by.
     """
     batch, _, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     query = (query * head_dim**-0.5).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("bkre,bcke->bkrc", query, cached_keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None, :], scores, MASKED_SCORE)
+    scores = jnp.where(mask[:, None, None, :], _scores(query, cached_keys, scales[0]), MASKED_SCORE)
     own = jnp.einsum("bkre,bke->bkr", query, key[:, 0], preferred_element_type=jnp.float32)[..., None]
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)  # [B K R 1]
     weights, own_weight = jnp.exp(scores - top), jnp.exp(own - top)
     total = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
-    mixed = jnp.einsum(
-        "bkrc,bcke->bkre", weights.astype(cached_values.dtype), cached_values, preferred_element_type=jnp.float32
-    )
+    mixed = _mixed(weights, cached_values, scales[1], value.dtype)
     mixed = (mixed + own_weight * value.astype(jnp.float32).swapaxes(1, 2)) / total  # [B K R E]
     return mixed.reshape(batch, 1, num_heads, head_dim).astype(value.dtype)
 
@@ -120,12 +125,13 @@ def attention_step_in_blocks(
     query: Float[Array, "B 1 H E"],
     key: Float[Array, "B 1 K E"],
     value: Float[Array, "B 1 K E"],
-    cached_keys: Float[Array, "L B C K E"],
-    cached_values: Float[Array, "L B C K E"],
+    cached_keys: Num[Array, "L B C K E"],
+    cached_values: Num[Array, "L B C K E"],
     layer: Int[Array, ""],
     lengths: Int[Array, " B"],
     *,
     block: int,
+    scales: Scales = UNSCALED,
     longest: Int[Array, ""] | None = None,
 ) -> Float[Array, "B 1 H E"]:
     """`attention_step` over the first `lengths[b]` positions of one layer's cache, `block` of them at a time.
@@ -136,18 +142,22 @@ def attention_step_in_blocks(
     Args
       cached_keys, cached_values: of all layers, because a slice of one layer would be a copy before the loop.
       block: positions, at most C. longest: of `lengths`, where it is known, so that layers need not find it again.
+      scales: as `attention_step`, of all layers.
     """
     batch, capacity = query.shape[0], cached_keys.shape[2]
-    size = (1, batch, block, *key.shape[2:])
 
-    def read(number: Array) -> tuple[Array, Array, Array]:
+    def read(number: Array) -> Block:
         # the last block begins early where it would reach over the end; what it shares with the one before is masked
         start = jnp.minimum(number * block, capacity - block)
-        keys, values = (
-            jax.lax.dynamic_slice(cached, (layer, 0, start, 0, 0), size)[0] for cached in (cached_keys, cached_values)
-        )
+
+        def cut(cached: Array) -> Array:
+            beyond = cached.shape[3:]
+            found = jax.lax.dynamic_slice(cached, (layer, 0, start, *[0] * len(beyond)), (1, batch, block, *beyond))
+            return found[0]
+
         at = start + jnp.arange(block, dtype=jnp.int32)
-        return keys, values, (at >= number * block)[None, :] & (at[None, :] < lengths[:, None])
+        mask = (at >= number * block)[None, :] & (at[None, :] < lengths[:, None])
+        return *jax.tree.map(cut, (cached_keys, cached_values, scales)), mask
 
     longest = jnp.max(lengths) if longest is None else longest
     return _step_by_blocks(query, key, value, jnp.minimum(longest, capacity), block, read)
@@ -157,13 +167,14 @@ def attention_step_in_pages(
     query: Float[Array, "B 1 H E"],
     key: Float[Array, "B 1 K E"],
     value: Float[Array, "B 1 K E"],
-    cached_keys: Float[Array, "L N C K E"],
-    cached_values: Float[Array, "L N C K E"],
+    cached_keys: Num[Array, "L N C K E"],
+    cached_values: Num[Array, "L N C K E"],
     layer: Int[Array, ""],
     lengths: Int[Array, " B"],
     pages: Int[Array, "B M"],
     *,
     parts: int = 1,
+    scales: Scales = UNSCALED,
     longest: Int[Array, ""] | None = None,
 ) -> Float[Array, "B 1 H E"]:
     """`attention_step_in_blocks` over a cache of N pages of C positions, which rows take as they grow.
@@ -173,23 +184,23 @@ def attention_step_in_pages(
     Args
       pages: the page of each row's m-th block of C positions; anything where it has none.
       parts: rows and pages come in so many equal shares, and a row's pages are counted within its own.
-      longest: as `attention_step_in_blocks`.
+      scales, longest: as `attention_step_in_blocks`.
     """
     page = cached_keys.shape[2]
 
-    def read(number: Array) -> tuple[Array, Array, Array]:
+    def read(number: Array) -> Block:
         chosen = jax.lax.dynamic_index_in_dim(pages, number, axis=1, keepdims=False)
-        keys, values = (read_pages(cached, layer, chosen, parts) for cached in (cached_keys, cached_values))
+        found = jax.tree.map(lambda one: read_pages(one, layer, chosen, parts), (cached_keys, cached_values, scales))
         at = number * page + jnp.arange(page, dtype=jnp.int32)
-        return keys, values, at[None, :] < lengths[:, None]
+        return *found, at[None, :] < lengths[:, None]
 
     longest = jnp.max(lengths) if longest is None else longest
     return _step_by_blocks(query, key, value, jnp.minimum(longest, pages.shape[1] * page), page, read)
 
 
 def read_pages(
-    cached: Float[Array, "L N C K E"], layer: Int[Array, ""], pages: Int[Array, " B"], parts: int
-) -> Float[Array, "B C K E"]:
+    cached: Num[Array, "L N C *K"], layer: Int[Array, ""], pages: Int[Array, " B"], parts: int
+) -> Num[Array, "B C *K"]:
     """One page of one layer for each row, see `attention_step_in_pages`."""
     if parts == 1:
         return cached.at[layer, pages].get(mode="clip")
@@ -200,7 +211,7 @@ def read_pages(
         shares,
         jnp.stack([jnp.broadcast_to(layer, places.shape), places], axis=-1),
         jax.lax.GatherDimensionNumbers(
-            offset_dims=(2, 3, 4),
+            offset_dims=tuple(range(2, cached.ndim)),
             collapsed_slice_dims=(0, 2),
             start_index_map=(0, 2),
             operand_batching_dims=(1,),
@@ -218,12 +229,12 @@ def _step_by_blocks(
     value: Float[Array, "B 1 K E"],
     longest: Int[Array, ""],
     block: int,
-    read: Callable[[Array], tuple[Array, Array, Array]],
+    read: Callable[[Array], Block],
 ) -> Float[Array, "B 1 H E"]:
     """The running softmax over the blocks that hold the first `longest` positions, beginning with the new one itself.
 
     Args
-      read: number of a block -> its keys and values [B block K E], and where they are meant [B block].
+      read: number of a block -> its keys and values [B block K E], their scales, and where they are meant [B block].
     """
     batch, _, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
@@ -231,12 +242,11 @@ def _step_by_blocks(
 
     def turn(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, mixed = carry
-        keys, values, mask = read(number)
-        scores = jnp.einsum("bkre,bcke->bkrc", query, keys, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None, :], scores, MASKED_SCORE)
+        keys, values, scales, mask = read(number)
+        scores = jnp.where(mask[:, None, None, :], _scores(query, keys, scales[0]), MASKED_SCORE)
         new_top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), top)
         shrink, weights = jnp.exp(top - new_top), jnp.exp(scores - new_top)
-        added = jnp.einsum("bkrc,bcke->bkre", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        added = _mixed(weights, values, scales[1], value.dtype)
         total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
         return new_top, total, mixed * shrink + added
 
@@ -245,3 +255,24 @@ def _step_by_blocks(
     blocks = (longest + block - 1) // block
     _, total, mixed = jax.lax.fori_loop(0, blocks, turn, (own, jnp.ones_like(own), own_value))
     return (mixed / total).reshape(batch, 1, num_heads, head_dim).astype(value.dtype)
+
+
+def _scores(
+    query: Float[Array, "B K R E"], keys: Num[Array, "B C K E"], scale: Float[Array, "B C K"] | None
+) -> Float[Array, "B K R C"]:
+    """query . key in float32."""
+    if scale is None:
+        return jnp.einsum("bkre,bcke->bkrc", query, keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkre,bcke->bkrc", query, keys.astype(query.dtype), preferred_element_type=jnp.float32)
+    return scores * scale.swapaxes(1, 2)[:, :, None, :]
+
+
+def _mixed(
+    weights: Float[Array, "B K R C"], values: Num[Array, "B C K E"], scale: Float[Array, "B C K"] | None, dtype: Any
+) -> Float[Array, "B K R E"]:
+    """Sum of weight x value in float32; int8 values are read as `dtype`."""
+    if scale is None:
+        dtype = values.dtype
+    else:
+        weights, values = weights * scale.swapaxes(1, 2)[:, :, None, :], values.astype(dtype)
+    return jnp.einsum("bkrc,bcke->bkre", weights.astype(dtype), values, preferred_element_type=jnp.float32)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from hptjax.models.attention import (
     attention_step_in_pages,
     reference_attention,
 )
+from hptjax.models.cache import Cache, as_kept, step_arguments, write
 from hptjax.models.layers import Constrain, layer, rms_norm, unconstrained
 from hptjax.models.remat import Remat, rematerialised
 from hptjax.models.rope import rotation
@@ -35,16 +36,6 @@ from hptjax.models.shape import DecoderConfig
 from hptjax.types import Array, Params
 
 EMBEDDING_STD = 0.02
-
-
-class Cache(NamedTuple):
-    """Rotated keys and values of the positions seen so far; what lies at or past a row's length is never read.
-
-    In pages, B counts them and C is their size.
-    """
-
-    keys: Float[Array, "L B C K E"]
-    values: Float[Array, "L B C K E"]
 
 
 def param_shapes(config: DecoderConfig) -> dict[str, Any]:
@@ -97,12 +88,6 @@ def logical_axes(config: DecoderConfig) -> dict[str, Any]:
     if not config.tie_embeddings:
         axes["unembedding"] = ("embed", "vocab")
     return axes
-
-
-def cache_axes() -> Cache:
-    """A `Cache` with logical axis names in the place of its arrays."""
-    names = ("layers", "batch", "cache", "kv_heads", "head_dim")
-    return Cache(keys=names, values=names)
 
 
 def init_params(key: Array, config: DecoderConfig) -> Params:
@@ -182,12 +167,14 @@ def prefill(
     compute_dtype: Any,
     constrain: Constrain = unconstrained,
     attention: PackedAttention = reference_attention,
+    int8_cache: bool = False,
 ) -> tuple[Float[Array, "B P D"], Cache]:
     """Hidden states of right-padded prompts, and a cache of `capacity` positions that holds their keys and values.
 
     Args
       lengths: prompt tokens of each row; what stands past them changes nothing before them.
       capacity: C; P at least, and P where it is None.
+      int8_cache: the prompt's own positions see each other as they are; what is kept of them is int8.
 
     Raises capacity < P -> ValueError.
     """
@@ -200,15 +187,16 @@ def prefill(
     time = jnp.broadcast_to(jnp.arange(prompt_tokens, dtype=jnp.int32)[None, :], (batch, prompt_tokens))
     attend, turn = attention((time < lengths[:, None]).astype(jnp.int32)), rotation(time, config)
 
-    def body(hidden: Array, weights: dict[str, Any]) -> tuple[Array, tuple[Array, Array]]:
+    def body(hidden: Array, weights: dict[str, Any]) -> tuple[Array, Cache]:
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
-        return hidden, (key, value)
+        return hidden, as_kept(key, value, int8_cache)
+
+    def with_room(leaf: Array) -> Array:  # [L B P ...]
+        return jnp.pad(leaf, [(0, 0), (0, 0), (0, capacity - prompt_tokens), *[(0, 0)] * (leaf.ndim - 3)])
 
     hidden = _embed(params, tokens, compute_dtype, constrain)
-    hidden, (keys, values) = jax.lax.scan(body, hidden, params["layers"])  # [L B P K E]
-    room = [(0, 0), (0, 0), (0, capacity - prompt_tokens), (0, 0), (0, 0)]
-    cache = Cache(keys=jnp.pad(keys, room), values=jnp.pad(values, room))
-    return rms_norm(hidden, params["final_norm"], config.rms_norm_eps), cache
+    hidden, new = jax.lax.scan(body, hidden, params["layers"])
+    return rms_norm(hidden, params["final_norm"], config.rms_norm_eps), jax.tree.map(with_room, new)
 
 
 def decode_step(
@@ -236,74 +224,40 @@ def decode_step(
         they are read one at a time.
       parts: equal shares of rows and of the cache, one per device that rows are cut over; `pages` counts within one.
     """
-    capacity = cache.keys.shape[2]
+    capacity, int8 = cache.keys.shape[2], cache.key_scales is not None
     mask = jnp.arange(capacity, dtype=jnp.int32)[None, :] < lengths[:, None]  # [B C]
     turn, longest = rotation(lengths[:, None], config), jnp.max(lengths)
 
-    def whole(hidden: Array, xs: tuple[dict[str, Any], Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        weights, cached_keys, cached_values = xs
-        attend = functools.partial(attention_step, cached_keys=cached_keys, cached_values=cached_values, mask=mask)
+    def whole(hidden: Array, xs: tuple[dict[str, Any], Cache]) -> tuple[Array, Cache]:
+        weights, cached = xs
+        attend = functools.partial(attention_step, **step_arguments(cached), mask=mask)
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
-        return hidden, (key[:, 0], value[:, 0])
+        return hidden, as_kept(key[:, 0], value[:, 0], int8)
 
-    def in_parts(hidden: Array, xs: tuple[dict[str, Any], Array]) -> tuple[Array, tuple[Array, Array]]:
+    def in_parts(hidden: Array, xs: tuple[dict[str, Any], Array]) -> tuple[Array, Cache]:
         weights, number = xs
-        kept = {"cached_keys": cache.keys, "cached_values": cache.values, "layer": number}
-        kept |= {"lengths": lengths, "longest": longest}
+        kept = {**step_arguments(cache), "layer": number, "lengths": lengths, "longest": longest}
         if pages is None:
             attend = functools.partial(attention_step_in_blocks, block=cache_block or capacity, **kept)
         else:
             attend = functools.partial(attention_step_in_pages, pages=pages, parts=parts, **kept)
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
-        return hidden, (key[:, 0], value[:, 0])
+        return hidden, as_kept(key[:, 0], value[:, 0], int8)
 
     hidden = _embed(params, tokens[:, None], compute_dtype, constrain)
     if pages is None and (cache_block is None or cache_block >= capacity):
-        hidden, (keys, values) = jax.lax.scan(whole, hidden, (params["layers"], cache.keys, cache.values))  # [L B K E]
+        hidden, new = jax.lax.scan(whole, hidden, (params["layers"], cache))  # [L B K E], [L B K]
     else:
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        hidden, (keys, values) = jax.lax.scan(in_parts, hidden, (params["layers"], numbers))
+        hidden, new = jax.lax.scan(in_parts, hidden, (params["layers"], numbers))
     hidden = rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
     rows, at = jnp.arange(lengths.shape[0], dtype=lengths.dtype) % (lengths.shape[0] // parts), lengths
     if pages is not None:
         none = jnp.iinfo(jnp.int32).max
         page = jnp.take_along_axis(pages, lengths[:, None] // capacity, axis=1, mode="fill", fill_value=none)
         rows, at = page[:, 0], lengths % capacity
-    put = functools.partial(_write, rows=rows, at=at, parts=parts)
-    return hidden[:, 0], Cache(keys=put(cache.keys, keys), values=put(cache.values, values))
-
-
-def _write(
-    cached: Float[Array, "L N C K E"],
-    new: Float[Array, "L B K E"],
-    rows: Int[Array, " B"],
-    at: Int[Array, " B"],
-    parts: int,
-) -> Float[Array, "L N C K E"]:
-    """Puts `new` at (row, position); a row counts within its share of the cache."""
-    # A scatter is done in place inside a loop; a one-hot select would rewrite the whole cache. Layers are indices too:
-    # as part of what is written they would have the TPU's compiler turn the whole cache round before and after.
-    layers = jnp.arange(cached.shape[0], dtype=at.dtype)
-    if parts == 1:
-        return cached.at[layers[:, None], rows[None, :], at[None, :]].set(new, mode="drop", unique_indices=True)
-    shares = cached.reshape(cached.shape[0], parts, -1, *cached.shape[2:])
-    places = jnp.broadcast_arrays(layers[None, None, :], *(one.reshape(parts, -1, 1) for one in (rows, at)))
-    # the share is a dimension of the scatter and no index, so that no device is sent what another one writes
-    written = jax.lax.scatter(
-        shares,
-        jnp.stack(places, axis=-1),
-        jnp.moveaxis(new, 0, 1).reshape(parts, -1, cached.shape[0], *new.shape[2:]),
-        jax.lax.ScatterDimensionNumbers(
-            update_window_dims=(3, 4),
-            inserted_window_dims=(0, 2, 3),
-            scatter_dims_to_operand_dims=(0, 2, 3),
-            operand_batching_dims=(1,),
-            scatter_indices_batching_dims=(0,),
-        ),
-        unique_indices=True,
-        mode="drop",
-    )
-    return written.reshape(cached.shape)
+    put = functools.partial(write, rows=rows, at=at, parts=parts)
+    return hidden[:, 0], jax.tree.map(put, cache, new)
 
 
 def _embed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,6 +44,20 @@ def linear(x: Float[Array, "B T I"], weight: Array | Adapted) -> Float[Array, "B
     return matmul(x, weight.astype(x.dtype).reshape(x.shape[-1], -1))
 
 
+def product(x: Float[Array, "B T I"], weights: Mapping[str, Any], name: str) -> Float[Array, "B T O"]:
+    """x W of the matrix of this name; one of int8 has a scale beside it, which the sums are multiplied by in float32.
+
+    Gradient: none where it is int8.
+    """
+    weight, scale = weights[name], weights.get(f"{name}_scale")
+    if scale is None:
+        return linear(x, weight)
+    sums = jnp.einsum(
+        "btd,df->btf", x, weight.astype(x.dtype).reshape(x.shape[-1], -1), preferred_element_type=jnp.float32
+    )
+    return (sums * scale.reshape(1, 1, -1)).astype(x.dtype)
+
+
 def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
     """The default `constrain`: one device, nothing to place."""
     return x
@@ -69,7 +83,8 @@ def layer(
     """One pre-norm decoder layer: x + attention(norm(x)), then x + swiglu(norm(x)).
 
     Args
-      weights: one layer's slice of `params["layers"]`; cast to hidden's dtype where they are used.
+      weights: one layer's slice of `params["layers"]`; cast to hidden's dtype where they are used. Matrices may be
+        int8 with scales beside them, see `models/quantise.py`.
       turn: cosine and sine of the positions.
       attend: who may look at whom; the only thing in which training, prefill and decoding differ.
 
@@ -85,7 +100,7 @@ def layer(
     key = constrain(rotate(key, *turn), ("batch", "time", "kv_heads", "head_dim"))
     value = constrain(value, ("batch", "time", "kv_heads", "head_dim"))
     mixed = attend(query, key, value)  # [B T H E]
-    hidden = hidden + linear(mixed.reshape(*mixed.shape[:2], -1), weights["output"])
+    hidden = hidden + product(mixed.reshape(*mixed.shape[:2], -1), weights, "output")
     hidden = constrain(hidden, ("batch", "time", "features"))
     hidden = hidden + swiglu(rms_norm(hidden, weights["mlp_norm"], eps), weights, constrain)
     return constrain(hidden, ("batch", "time", "features")), key, value
@@ -117,13 +132,13 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def swiglu(x: Float[Array, "B T D"], weights: dict[str, Any], constrain: Constrain) -> Float[Array, "B T D"]:
     """(silu(x W_gate) * x W_up) W_down."""
-    gate, up = linear(x, weights["gate"]), linear(x, weights["up"])
+    gate, up = product(x, weights, "gate"), product(x, weights, "up")
     inner = constrain(jax.nn.silu(gate) * up, ("batch", "time", "mlp"))
-    return linear(inner, weights["down"])
+    return product(inner, weights, "down")
 
 
 def _project(x: Float[Array, "B T D"], weights: dict[str, Any], name: str) -> Float[Array, "B T N E"]:
-    heads = linear(x, weights[name]).reshape(*x.shape[:2], *weights[name].shape[1:])
+    heads = product(x, weights, name).reshape(*x.shape[:2], *weights[name].shape[1:])
     if f"{name}_bias" not in weights:
         return heads
     return heads + weights[f"{name}_bias"].astype(x.dtype)[None, None, :, :]

@@ -57,6 +57,7 @@ def make_engine(
     cache_positions: int | None = None,
     cache_page: int = 64,
     cache_parts: int = 1,
+    precision: str = "",
     shardings: RolloutShardings | None = None,
 ) -> Engine:
     """Returns `sample(params, requests, key, *, should_stop=never, on_finished=None) -> list[Sample]`.
@@ -74,7 +75,7 @@ def make_engine(
     Args
       prefill, decode_step, unembedding: the policy, see the module's docstring.
       slots, prompt_buckets, cache_capacity, tokens_per_call, prefill_rows, max_stop_ids, cache_positions, cache_page,
-        cache_parts: compiled sizes, see `requests.DecodeShape`. prefill_rows: None is the number of slots.
+        cache_parts, precision: compiled sizes, see `requests.DecodeShape`. prefill_rows: None is the number of slots.
       pad_id: token of empty places.
       shardings: None is one device.
 
@@ -92,6 +93,7 @@ def make_engine(
         cache_positions=cache_positions,
         cache_page=cache_page,
         cache_parts=cache_parts,
+        precision=precision,
     )
     if not 0 <= pad_id < vocab_size:
         raise ValueError(f"pad_id: expected in [0, {vocab_size}), got {pad_id}; check the tokenizer's pad token")

@@ -28,6 +28,7 @@ class DecodeShape:
       cache_positions: of all slots together, in pages of cache_page that slots take as their samples grow; None is
         the whole capacity for each slot. cache_parts: equal shares of slots and pages, one per device that slots are
         cut over; a sample takes pages of its slot's share.
+      precision: says what the policy holds in another type than it computes with, if anything; stands in `describe`.
     """
 
     vocab_size: int
@@ -40,6 +41,7 @@ class DecodeShape:
     cache_positions: int | None = None
     cache_page: int = 64
     cache_parts: int = 1
+    precision: str = ""
 
     def __post_init__(self) -> None:
         for name in ("slots", "prefill_rows", "cache_capacity", "tokens_per_call", "cache_page"):
@@ -99,7 +101,7 @@ class DecodeShape:
         return (
             f"slots={self.slots} prefill={self.prefill_rows}x{bucket} cache={cache} "
             f"call={self.tokens_per_call} stops={self.max_stop_ids} {path}"
-        )
+        ) + (f" {self.precision}" if self.precision else "")
 
 
 def truncates(request: Request) -> bool:

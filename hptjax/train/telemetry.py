@@ -125,6 +125,28 @@ def watch_sampler(write: Write, say: Callable[[str], None]) -> Write:
     return watched
 
 
+def say_sampler_gap(write: Write, say: Callable[[str], None], held: str) -> Write:
+    """`write`, and once, at the first step that has rollouts, how far off the trainer's log-probs the sampler's are.
+
+    Args
+      held: what makes them differ, in words.
+    """
+    said = False
+
+    def told(step: int, metrics: Mapping[str, Any]) -> None:
+        nonlocal said
+        write(step, metrics)
+        if said or "rollout/logp_diff_max" not in metrics:
+            return
+        said = True
+        say(
+            f"step {step}: the sampler ({held}) and the trainer differ by {metrics['rollout/logp_diff_mean']:.1e} nats "
+            f"per token on average, by {metrics['rollout/logp_diff_max']:.1e} at most (rollout/logp_diff_mean, _max)"
+        )
+
+    return told
+
+
 def tensorboard_sink(folder: str | pathlib.Path, *, first_step: int) -> Sink:
     """Scalars to TensorBoard event files (tensorboardX). Points of a killed run at `first_step` or later are purged."""
     import tensorboardX
