@@ -270,6 +270,9 @@ class TrainConfig:
 
     steps: int = 60  # rollout batches of the last stage
     updates_per_rollout_batch: int = 1  # optimizer updates per step; the later ones are off-policy
+    # whether the next step's rollouts are made while a step trains, by the weights from before its updates; needs
+    # hpt.sampler_correction, and one device or rollout.engine "server"
+    rollouts_ahead: bool = False
     checksum_every: int = 1  # updates between checks of every leaf's gradient sum; 0: the first, and after a resume
     eval_every: int = 20  # steps; 0: only at the start and the end
     probe_every: int = 10  # steps between gradient-norm probes per objective; 0: never
@@ -422,13 +425,16 @@ def resolved(config: Config) -> dict[str, Any]:
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The fields that differ between two resolved configs, as `"hpt.gate: 0 -> 1"`; sorted.
 
-    Fields that may change within a run folder (`MAY_CHANGE`) are left out; and nothing is listed where all that changed
-    is a larger `train.steps` and no schedule depends on it: the steps so far are those of the longer run, too.
+    Fields that may change within a run folder (`MAY_CHANGE`) are left out, and so are switches that the old config did
+    not have yet and that are off; and nothing is listed where all that changed is a larger `train.steps` and neither a
+    schedule nor the last step's rollouts depend on it: the steps so far are those of the longer run, too.
     """
     before, after = flatten(old), flatten(new)
+    before = {name: False for name, value in after.items() if value is False} | before
     names = sorted(before.keys() | after.keys())
     changed = [name for name in names if not name.startswith(MAY_CHANGE) and before.get(name) != after.get(name)]
     fixed = after.get("optimizer.schedule") == "constant" or after.get("optimizer.decay_steps") is not None
+    fixed = fixed and not after.get("train.rollouts_ahead")  # the last step makes none for a next one
     if changed == ["train.steps"] and fixed and before.get("train.steps", 0) < after["train.steps"]:
         return []
     return [f"{name}: {json.dumps(before.get(name))} -> {json.dumps(after.get(name))}" for name in changed]

@@ -7,6 +7,7 @@ import math
 import re
 
 from hptjax.config import Config, flatten, resolved
+from hptjax.config_ahead import ahead_problems
 from hptjax.config_batch import micro_batches_needed, samples_per_update, schedule_of, stage_list, steps_of
 from hptjax.config_constants import constant_problems
 from hptjax.config_lora import lora_problems
@@ -71,6 +72,8 @@ def check(config: Config, *, sized_only: bool = False) -> None:
     _check_objective(config)
     _check_batch(config)
     _check_stages(config)
+    for problem in ahead_problems(config):
+        _refuse(*problem)
     _check_optimizer(config)
     _check_evaluation(config)
     _check_compare(config)

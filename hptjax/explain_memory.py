@@ -47,10 +47,12 @@ def memory_lines(config: Config, shape: DecoderConfig) -> list[str]:
     """The table, with what a device holds at the most while it trains and while it samples."""
     rows = held(config, shape)
     lines = [f"{row.name:<38}{human_bytes(row.whole):>12}{human_bytes(row.device):>14}" for row in rows]
-    for phase in ("training", "sampling"):
-        of_phase = [row for row in rows if row.when in ("always", phase)]
+    phases = [("training",), ("sampling",), *([("training", "sampling")] if config.train.rollouts_ahead else [])]
+    for phase in phases:
+        of_phase = [row for row in rows if row.when in ("always", *phase)]
         whole, device = (sum(getattr(row, column) for row in of_phase) for column in ("whole", "device"))
-        lines.append(f"{'together while ' + phase:<38}{human_bytes(whole):>12}{human_bytes(device):>14}")
+        title = f"together while {' and '.join(phase)}"
+        lines.append(f"{title:<38}{human_bytes(whole):>12}{human_bytes(device):>14}")
     what, lora = f"{parameter_count(shape, shape.vocab_size):,} parameters", asked_adapter(config)
     if lora is not None:
         what += (
@@ -125,6 +127,9 @@ def held(config: Config, shape: DecoderConfig) -> list[Held]:
     ]
     if places[0] != places[1] or lora is not None or int8:
         rows.append(Held("weights of rollouts", *as_used[1], "sampling"))
+    if config.train.rollouts_ahead:  # a copy that outlives the updates
+        copy = as_used[0] if lora is None and not int8 else (fp32, fp32_device)
+        rows.append(Held(f"{of} that sample ahead", *copy, "sampling"))
     return [*rows, Held("KV cache", *cached, "sampling")]
 
 

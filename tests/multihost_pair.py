@@ -26,6 +26,7 @@ import hptjax.build.data as build_data
 import hptjax.build.parts as build_parts
 import hptjax.build.run as build_run
 import hptjax.train.loop as loop
+import hptjax.train.rounds as rounds
 from hptjax import cli
 from hptjax.build.policy import Policy
 from hptjax.config import Config, DistributedConfig, MeshConfig, ShapeConfig
@@ -62,7 +63,7 @@ def pair_config(folder: Path, name: str, **distributed) -> Config:
 @contextlib.contextmanager
 def at_step(step: int, act: Callable[[], None], process: int = FAULTY) -> Iterator[None]:
     """Acts in one process before it judges the rollouts of a step, counted from 0."""
-    judge = loop.judge_rollouts
+    judge = rounds.judge_rollouts
 
     def judge_rollouts(open_step, *rest):
         if jax.process_index() == process and open_step.step == step:
@@ -70,7 +71,7 @@ def at_step(step: int, act: Callable[[], None], process: int = FAULTY) -> Iterat
         judge(open_step, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "judge_rollouts", judge_rollouts)
+        patch.setattr(rounds, "judge_rollouts", judge_rollouts)
         yield
 
 
@@ -138,9 +139,9 @@ def short_limit() -> Iterator[None]:
     """From the second step on, nobody is waited for longer than two seconds; compiling is over by then."""
     make_step = loop._step
 
-    def step(stage, state, progress, world, cadence, between):
+    def step(stage, state, progress, *rest):
         HERE.timeout_s = 2.0 if progress.step == 1 else HERE.timeout_s
-        return make_step(stage, state, progress, world, cadence, between)
+        return make_step(stage, state, progress, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_step", step)

@@ -243,10 +243,10 @@ def test_t17_resume_between_micro_batches_keeps_the_open_sums(uninterrupted, tmp
     same_run(uninterrupted, config)
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start(folder: Path, *words: str) -> subprocess.Popen:
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.tiny", str(folder)],
+        [sys.executable, "-m", "tests.tiny", str(folder), *words],
         cwd=Path(__file__).resolve().parent.parent,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -254,8 +254,8 @@ def start(folder: Path) -> subprocess.Popen:
     )
 
 
-def finish(folder: Path) -> None:
-    process = start(folder)
+def finish(folder: Path, *words: str) -> None:
+    process = start(folder, *words)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors.decode()[-2000:]
 

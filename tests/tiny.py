@@ -108,6 +108,15 @@ def as_off_policy(config: Config) -> Config:
     )
 
 
+def with_rollouts_ahead(config: Config) -> Config:
+    """Rollouts of the next step beside this one, with weights that correct for it."""
+    return dataclasses.replace(
+        config,
+        hpt=dataclasses.replace(config.hpt, sampler_correction="token_tis"),
+        train=dataclasses.replace(config.train, rollouts_ahead=True),
+    )
+
+
 def killed_config(folder: Path) -> Config:
     """The run that is killed by signal: off-policy, and long enough that a kill falls into its steps."""
     config = as_off_policy(tiny_config(folder))
@@ -115,4 +124,5 @@ def killed_config(folder: Path) -> Config:
 
 
 if __name__ == "__main__":
-    train(killed_config(Path(sys.argv[1])))
+    chosen = killed_config(Path(sys.argv[1]))
+    train(with_rollouts_ahead(chosen) if "ahead" in sys.argv[2:] else chosen)

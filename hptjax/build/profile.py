@@ -16,6 +16,7 @@ from hptjax.masked import ratio
 FOLDER = "profile"
 TRACED_STEPS = 2
 PREFIX = "timing_s/"
+AHEAD = "perf/rollout_ahead_s"
 
 
 @contextlib.contextmanager
@@ -73,4 +74,7 @@ def time_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for name, values in sorted(phases.items(), key=lambda item: -sum(item[1])):
         share = 100.0 * ratio(sum(values), total)
         lines.append(f"{name:18s}{np.median(values):9.3f}{min(values):9.3f}{max(values):9.3f}{share:8.1f}%")
+    hidden = [float(row[AHEAD]) for row in rows if AHEAD in row]
+    if hidden:
+        lines.append(f"beside them {np.median(hidden):.3f} s of rollouts ahead, which nobody waited for")
     return "\n".join(lines) if phases else "no step after the first: nothing to say about time"

@@ -29,6 +29,7 @@ from hptjax.models import value_head
 from hptjax.records import Question, Sample, SampleId
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import one_at_a_time
+from hptjax.sharding.peers import several
 from hptjax.sharding.rules import replicated
 from hptjax.train.objective import TokenStatsFn, make_losses
 from hptjax.train.optimizer import (
@@ -51,7 +52,15 @@ ROUNDS_PER_STAGE = 1 << 16  # more passes over the data than a stage makes, so t
 
 
 def build_stages(config: Config, policy: Policy, questions: Sequence[Question]) -> list[Stage]:
-    """All stages in order, each with its own stream over the training questions."""
+    """All stages in order, each with its own stream over the training questions.
+
+    Raises ValueError where several processes would roll out ahead: what threads of theirs exchange has no order.
+    """
+    if config.train.rollouts_ahead and several():
+        raise ValueError(
+            f"expected one process for train.rollouts_ahead, got {jax.process_count()} (distributed.mode "
+            f"{config.distributed.mode}); set train.rollouts_ahead to false"
+        )
     return [
         build_stage(config, stage, policy, questions, index=index) for index, stage in enumerate(stage_list(config))
     ]
@@ -104,6 +113,7 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         second_look=SecondLook(recipe.refine, recipe.control) if recipe.refine or recipe.control else None,
         add_frozen=add_frozen(config, policy, scorer, recipe.needs),
         probe=_probe(policy.mesh, step.losses, policy.frozen),
+        rollouts_ahead=config.train.rollouts_ahead,
     )
 
 

@@ -14,7 +14,10 @@ from hptjax.masked import mean, ratio
 from hptjax.train.jsonl import plain_value, read_rows
 
 SHARE_STEPS = 10  # the SFT share is shown over the first and the last so many steps
-PHASES = {"rollout": "perf/generated_tokens", "update": "perf/trained_tokens"}
+PHASES = {  # phase -> its tokens, and the metrics whose seconds it took
+    "rollout": ("perf/generated_tokens", ("timing_s/rollout", "perf/rollout_ahead_s")),
+    "update": ("perf/trained_tokens", ("timing_s/update",)),
+}
 
 
 def summarise(folder: Path, *, seconds: float, ks: tuple[int, ...]) -> dict[str, Any]:
@@ -48,9 +51,9 @@ def summarise(folder: Path, *, seconds: float, ks: tuple[int, ...]) -> dict[str,
         "all_fail": {name: _all_fail(folder, step) for name, step in (("base", 0), ("final", last))},
         "tokens_per_s": {
             phase: ratio(
-                sum(row.get(tokens, 0) for row in steps), sum(row.get(f"timing_s/{phase}", 0.0) for row in steps)
+                sum(row.get(tokens, 0) for row in steps), sum(row.get(name, 0.0) for row in steps for name in times)
             )
-            for phase, tokens in PHASES.items()
+            for phase, (tokens, times) in PHASES.items()
         },
         "witness_ok": bool(ledger) and all(row["witness_ok"] for row in ledger),
         "updates": len(ledger),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from hptjax.build.adapters import Frozen, as_used
 from hptjax.build.outside import outside_sampler
 from hptjax.build.parts import TRAIN_KEY, Parts
 from hptjax.build.policy import int8_parts
@@ -27,7 +28,7 @@ from hptjax.train.checkpoint import CheckpointFailed, Checkpoints
 from hptjax.train.jsonl import open_jsonl
 from hptjax.train.open_step import OpenStep
 from hptjax.train.phases import Gated
-from hptjax.train.stage import Cadence, Progress, Stage, World
+from hptjax.train.stage import Cadence, Progress, Stage, World, copied
 from hptjax.train.telemetry import (
     Telemetry,
     make_telemetry,
@@ -39,6 +40,7 @@ from hptjax.train.telemetry import (
     watch_sampler,
     write_rollouts,
 )
+from hptjax.types import Params
 
 
 @dataclasses.dataclass(eq=False)
@@ -105,6 +107,9 @@ def build_world(
         evaluate=parts.evaluator.during_training(folder, sum(stage.steps for stage in stages)),
         save=save,
         should_stop=lambda: agree(should_stop(), anyone, what="asking whether to stop"),
+        keep=copied
+        if outside or "weights" in int8
+        else _keeper(parts.policy.frozen, jnp.dtype(parts.config.model.compute_dtype)),
     )
 
 
@@ -163,6 +168,16 @@ def _sampler(parts: Parts) -> Callable[..., Any]:
         return parts.policy.sample(params, requests, key, **options)
 
     return sample
+
+
+def _keeper(frozen: Frozen, dtype: Any) -> Callable[[Params], Params]:
+    """Copies of weights for rollouts beside training: in the type that our engine uses, which changes no number.
+
+    Adapters are copied as they are: sampling merges them with the model, which stays.
+    """
+    if frozen.trees or dtype == jnp.float32:
+        return copied
+    return jax.jit(lambda params: jax.tree.map(jnp.copy, as_used(params, dtype=dtype)))
 
 
 def _flags(mesh: jax.sharding.Mesh) -> Callable[[bool], Any]:

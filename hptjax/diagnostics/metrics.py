@@ -114,8 +114,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("actor/prefix_nll", SUM_RATIO, "nats", "negative log-prob of forced prefixes, mean over tokens"),
     Metric("rollout/logp_diff_mean", SUM_RATIO, "nats", "distance of sampler and trainer log-probs, mean over tokens"),
     Metric(
-        "rollout/logp_diff_max", MAX, "nats", "the largest such distance; above 1e-4 in fp32 without int8 is an alarm"
+        "rollout/logp_diff_max",
+        MAX,
+        "nats",
+        "the largest such distance; above 1e-4 in fp32 without int8 is an alarm, but for stale samples",
     ),
+    Metric("rollout/staleness", MAX, "steps", "steps between the weights that drew the samples and those that learn"),
+    Metric("rollout/staleness_updates", MAX, "updates", "the same in optimizer updates, up to the step's first one"),
     # progress, time, speed
     Metric("train/stage", LAST, "index", "which stage of the run the step belongs to, 0 upwards"),
     Metric("train/updates", SUM, "updates", "optimizer updates of the step, applied or not"),
@@ -134,6 +139,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("perf/packed_tokens", SUM, "tokens", "positions of the updates that hold a token, live or context"),
     Metric("perf/throughput", SUM_RATIO, "tokens/s/device", "tokens of the step over its time and devices"),
     Metric("perf/rollout_tokens_per_s", SUM_RATIO, "tokens/s", "generated tokens over the time of the rollout"),
+    Metric(
+        "perf/rollout_ahead_s",
+        SUM,
+        "s",
+        "time of the step's rollouts and verdicts that passed while the step before was trained; in no timing_s/",
+    ),
     Metric("perf/update_tokens_per_s", SUM_RATIO, "tokens/s", "trained tokens over the time of the updates"),
     Metric("perf/cpu_memory_used_gb", MAX, "GB", "largest resident set of this process so far"),
     # evaluation

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ class Place:
         it has come to. what: its phase or meeting, in words. waits: how many waits for others are under way.
       changes: of the above. since: the last change, monotonic s.
       timeout_s: how long others are waited for. failed: the run has failed, here or elsewhere.
+      changing: held by the thread that notes a change; there may be one with rollouts beside the main thread.
     """
 
     run: int = 0
@@ -41,13 +43,15 @@ class Place:
     since: float = dataclasses.field(default_factory=time.monotonic)
     timeout_s: float = 300.0
     failed: bool = False
+    changing: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
 
     def change(self, *, what: str | None = None, waits: int = 0) -> None:
         """Notes another phase, or a wait begun or ended."""
-        self.what = self.what if what is None else what
-        self.waits += waits
-        self.changes += 1
-        self.since = time.monotonic()
+        with self.changing:
+            self.what = self.what if what is None else what
+            self.waits += waits
+            self.changes += 1
+            self.since = time.monotonic()
 
     def begin(self, timeout_s: float) -> None:
         """Begins another run."""

@@ -9,12 +9,9 @@ any `should_stop`, saves where it stands, and taken up again it ends with the sa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
-
-import jax
 
 from hptjax.diagnostics.metrics import merge
 from hptjax.errors import SamplingFailed
@@ -22,21 +19,16 @@ from hptjax.hpt.assemble import Update
 from hptjax.records import Sample
 from hptjax.sharding.agree import check_same
 from hptjax.sharding.peers import phase
+from hptjax.train.ahead import Ahead, begin_next
 from hptjax.train.ledger import AccumulationError, check, ledger_row
 from hptjax.train.open_step import OpenStep
-from hptjax.train.phases import (
-    assemble_updates,
-    gate_step,
-    judge_demonstrations,
-    judge_rollouts,
-    roll_out,
-    unjudged,
-    varied_questions,
-)
+from hptjax.train.phases import assemble_updates, gate_step, judge_demonstrations
+from hptjax.train.rounds import open_step, roll_out_in_rounds
 from hptjax.train.second_look import advantage_sums, filled, look_again
 from hptjax.train.stage import Cadence, Progress, Stage, World, progress_to_host
 from hptjax.train.state import TrainState
-from hptjax.train.step_metrics import merge_stats, rollout_metrics, update_metrics, visit_metrics
+from hptjax.train.step_metrics import merge_stats, rollout_metrics, staleness_metrics, update_metrics, visit_metrics
+from hptjax.train.timing import timed
 from hptjax.types import MicroBatch
 
 
@@ -55,30 +47,37 @@ def run(
     if progress.evaluated < 0:
         _evaluate(state, progress, world, cadence)
     between: dict[str, float] = {}  # seconds of what is done between two steps, for the row of the next one
-    while progress.stage < len(stages):
-        stage = stages[progress.stage]
-        while progress.stage_step < stage.steps:
-            with world.traced(progress.step):
-                state = _step(stage, state, progress, world, cadence, between)
-            between = {}
-            progress.open_step = None
-            progress.step += 1
-            progress.stage_step += 1
-            at_end = progress.stage == len(stages) - 1 and progress.stage_step == stage.steps
-            if at_end or progress.step in cadence.evaluate_also or _due(cadence.evaluate, progress.step):
-                _evaluate(state, progress, world, cadence)
-            if _due(cadence.save, progress.step) and not at_end:
-                with _timed(between, "checkpoint"):
-                    _save(stage, state, progress, world)
-        progress.stage += 1
-        if progress.stage < len(stages):
-            progress.stage_step = 0
-            progress.waiting, progress.apart_updates = [], 0
-            progress.controls = {}
-            progress.stage_updates = int(world.read(state.totals.optimizer_steps))
-            state = stages[progress.stage].start(state.params, state.totals)
-        else:
-            _save(stage, state, progress, world, wait=True)
+    with Ahead() as ahead:
+        while progress.stage < len(stages):
+            stage = stages[progress.stage]
+            while progress.stage_step < stage.steps:
+                with world.traced(progress.step):
+                    state = _step(stage, state, progress, world, cadence, between, ahead)
+                between = {}
+                progress.open_step = None
+                progress.step += 1
+                progress.stage_step += 1
+                if ahead.under_way:  # from here to the next step it may not be: what follows needs judge and sampler
+                    with timed(between, "rollout"):
+                        progress.ahead = ahead.join()
+                at_end = progress.stage == len(stages) - 1 and progress.stage_step == stage.steps
+                if at_end or progress.step in cadence.evaluate_also or _due(cadence.evaluate, progress.step):
+                    _evaluate(state, progress, world, cadence)
+                if ahead.failure is not None:
+                    _save(stage, state, progress, world, wait=True)
+                    raise ahead.failure
+                if _due(cadence.save, progress.step) and not at_end:
+                    with timed(between, "checkpoint"):
+                        _save(stage, state, progress, world)
+            progress.stage += 1
+            if progress.stage < len(stages):
+                progress.stage_step = 0
+                progress.waiting, progress.apart_updates = [], 0
+                progress.controls = {}
+                progress.stage_updates = int(world.read(state.totals.optimizer_steps))
+                state = stages[progress.stage].start(state.params, state.totals)
+            else:
+                _save(stage, state, progress, world, wait=True)
     return state, progress
 
 
@@ -93,11 +92,12 @@ def _save(stage: Stage, state: TrainState, progress: Progress, world: World, *, 
     progress.last_metric = None
 
 
-def _stop_here(stage: Stage, state: TrainState, progress: Progress, world: World) -> None:
-    """Saves and raises, if the run was asked to stop."""
+def _stop_here(stage: Stage, state: TrainState, progress: Progress, world: World, ahead: Ahead) -> None:
+    """Saves and raises, if the run was asked to stop; rollouts that are under way are finished before."""
     if world.should_stop():
+        progress.ahead = ahead.join() or progress.ahead
         _save(stage, state, progress, world, wait=True)
-        raise Stopped
+        raise ahead.failure or Stopped
 
 
 def _evaluate(state: TrainState, progress: Progress, world: World, cadence: Cadence) -> None:
@@ -112,22 +112,14 @@ def _evaluate(state: TrainState, progress: Progress, world: World, cadence: Cade
     world.log_step(progress.step, row)
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    phase(name)
-    start = time.perf_counter()
-    with jax.profiler.TraceAnnotation(name):
-        yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 def _step(
     stage: Stage,
     state: TrainState,
     progress: Progress,
     world: World,
     cadence: Cadence,
-    between: Mapping[str, float],
+    between: dict[str, float],
+    ahead: Ahead,
 ) -> TrainState:
     """One rollout batch: from its questions to its updates and its row of metrics.
 
@@ -136,18 +128,19 @@ def _step(
     """
     seconds: dict[str, float] = {}
     began = time.perf_counter()
+    beside = ahead.taken_seconds()
     if progress.open_step is None:
-        batch = stage.stream.next_batch()
-        visit = stage.first_round + batch.round
-        progress.open_step = OpenStep(step=progress.step, round=visit, questions=list(batch.questions))
+        progress.open_step, progress.ahead = progress.ahead or open_step(stage, progress.step), None
     step = progress.open_step
-    _stop_here(stage, state, progress, world)
+    _stop_here(stage, state, progress, world, ahead)
     demonstrations: dict[int, Sample] = {}
     if stage.rolls_out:
-        _roll_out_in_rounds(stage, state, progress, step, world, seconds)
-        with _timed(seconds, "reward"):
+        if progress.ahead is None:  # else this step has all of its own, and the stream is past its questions
+            _roll_out(stage, state, progress, step, world, seconds)
+        with timed(seconds, "reward"):
             demonstrations = judge_demonstrations(step, world.judge) if stage.rewards_demonstrations else demonstrations
-    with _timed(seconds, "assemble"):
+        begin_next(stage, state, progress, step, world, ahead)
+    with timed(seconds, "assemble"):
         gated = gate_step(
             step,
             route=stage.route,
@@ -170,11 +163,11 @@ def _step(
     rows: list[dict[str, Any]] = [{"train/stage": progress.stage}]
     batches = [[world.put(micro_batch) for micro_batch in update.micro_batches] for update in updates]
     if stage.score is not None:
-        with _timed(seconds, "score"):
+        with timed(seconds, "score"):
             batches = _score(stage, state, step, batches, world)
     controls = progress.controls
     if stage.second_look is not None:
-        with _timed(seconds, "second_look"):
+        with timed(seconds, "second_look"):
             looked = look_again(updates, step.scores or [], stage.second_look, controls, reassemble=assembled)
             updates, controls = looked.updates, dict(looked.controls_after)
             check_same([step.step, advantage_sums(updates)], "the advantages", "keep the run folder and report it")
@@ -182,19 +175,22 @@ def _step(
             rows.append(looked.metrics)
     rows.append(rollout_metrics(step, gated, updates, group_size=stage.group_size, reward_names=world.reward_names))
     if stage.add_frozen is not None:
-        with _timed(seconds, "reference"):
+        with timed(seconds, "reference"):
             batches = [[stage.add_frozen(micro_batch) for micro_batch in part] for part in batches]
     if stage.probe is not None and _due(cadence.probe, progress.stage_step) and step.probe is None:
-        with _timed(seconds, "probe"):
+        with timed(seconds, "probe"):
             step.probe = stage.probe(state.params, batches[0])
-    with _timed(seconds, "update"):
-        state = _apply_updates(stage, state, progress, step, updates, batches, world)
+    with timed(seconds, "update"):
+        state = _apply_updates(stage, state, progress, step, updates, batches, world, ahead)
     progress.controls = controls
     progress.waiting = [list(entry) for entry in gated.routed.waiting]
     if stage.rolls_out:
         rows.append(visit_metrics(gated, step.questions, progress.history))
+        rows.append(staleness_metrics(step) if stage.rollouts_ahead else {})
     seconds["other"] = max(time.perf_counter() - began - sum(seconds.values()), 0.0)
-    rows += [step.probe or {}, update_metrics(step, updates, {**seconds, **between})]
+    for name, spent in between.items():
+        seconds[name] = seconds.get(name, 0.0) + spent
+    rows += [step.probe or {}, update_metrics(step, updates, seconds, beside)]
     for entry in step.ledger_rows:
         world.log_ledger(entry)
     world.log_rollouts(step, gated)
@@ -202,47 +198,27 @@ def _step(
     return state
 
 
-def _roll_out_in_rounds(
+def _roll_out(
     stage: Stage, state: TrainState, progress: Progress, step: OpenStep, world: World, seconds: dict[str, float]
 ) -> None:
-    """Samples and judges until the stage's plan asks for nothing new, in one round for most. It saves where stopped."""
-    while True:
-        failure: SamplingFailed | None = None
-        complete = False
-        with _timed(seconds, "rollout"):
-            try:
-                complete = roll_out(
-                    step,
-                    state.params["policy"],
-                    plan=stage.plan,
-                    stage_step=progress.stage_step,
-                    sample=world.sample,
-                    should_stop=world.should_stop,
-                )
-            except SamplingFailed as error:
-                failure = error
-        if not complete:  # not in the handler above: a save asks whether anything has failed in it
-            _save(stage, state, progress, world, wait=True)
-            raise failure or Stopped
-        if unjudged(step):
-            with _timed(seconds, "reward"):
-                judge_rollouts(step, world.judge, stage.penalty)
-        elif not _draw_more(stage, step):
-            return
-
-
-def _draw_more(stage: Stage, step: OpenStep) -> bool:
-    """Adds the stream's next questions to a step that has too few to learn from; False where there is nothing to add.
-
-    It stays within a pass over the data: no question comes twice, and all have the step's visit.
-    """
-    if step.draws >= stage.draws or stage.stream.at_end_of_pass():
-        return False
-    if varied_questions(step) >= stage.questions_per_step:
-        return False
-    step.questions.extend(stage.stream.next_batch().questions)
-    step.draws += 1
-    return True
+    """All rollouts of the step, judged. It saves where stopped, and where whoever samples cannot go on."""
+    failure: SamplingFailed | None = None
+    complete = False
+    try:
+        complete = roll_out_in_rounds(
+            stage,
+            step,
+            state.params["policy"],
+            world,
+            seconds,
+            stage_step=progress.stage_step,
+            should_stop=world.should_stop,
+        )
+    except SamplingFailed as error:
+        failure = error
+    if not complete:  # not in the handler above: a save asks whether anything has failed in it
+        _save(stage, state, progress, world, wait=True)
+        raise failure or Stopped
 
 
 def _score(
@@ -271,12 +247,13 @@ def _apply_updates(
     updates: Sequence[Update],
     batches: Sequence[Sequence[MicroBatch]],
     world: World,
+    ahead: Ahead,
 ) -> TrainState:
     """Every live micro-batch of every update once, from where the step stands; a ledger row per update."""
     while step.update_index < len(updates):
         update, micro_batches = updates[step.update_index], batches[step.update_index]
         while step.micro_index < len(micro_batches):
-            _stop_here(stage, state, progress, world)
+            _stop_here(stage, state, progress, world, ahead)
             last = step.micro_index == len(micro_batches) - 1
             state = stage.micro_step(state, micro_batches[step.micro_index], world.flag(last))
             step.micro_index += 1

@@ -36,6 +36,7 @@ class OpenStep:
       ledger_rows, stats: of the updates of this step that are done; stats are (total, count), or (peak,).
       draws: batches of the stream that the questions are of.
       probe: norms of each objective's gradient at the start of the step, where they were due.
+      weights: (steps, optimizer updates) behind the weights that draw all of its samples; None: those of its start.
     """
 
     step: int
@@ -50,6 +51,7 @@ class OpenStep:
     stats: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     probe: dict[str, float] | None = None
     draws: int = 1
+    weights: tuple[int, int] | None = None
 
 
 def to_json(step: OpenStep) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def to_json(step: OpenStep) -> dict[str, Any]:
         "stats": step.stats,
         "probe": step.probe,
         "draws": step.draws,
+        "weights": None if step.weights is None else list(step.weights),
     }
 
 
@@ -75,6 +78,7 @@ def from_json(
     saved: Mapping[str, Any], questions: Mapping[int, Question], scores: list[dict[str, np.ndarray]] | None
 ) -> OpenStep:
     """The inverse of `to_json`, given the questions by id."""
+    weights = saved.get("weights")  # older records have none
     samples = [_sample_from_json(entry, questions) for entry in saved["samples"]]
     return OpenStep(
         step=saved["step"],
@@ -89,6 +93,7 @@ def from_json(
         stats=dict(saved["stats"]),
         probe=saved["probe"],
         draws=saved["draws"],
+        weights=None if weights is None else (weights[0], weights[1]),
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hptjax.hpt.route import Route
@@ -38,6 +40,7 @@ class Stage:
         the second one where there is one, for the ledger.
       micro_step: jitted and donated. learning_rate: optimizer step of this stage -> rate.
       probe: objective gradient norms of an update, (params, micro_batches) -> metrics; None where never asked.
+      rollouts_ahead: whether the rollouts of the next step are made while a step trains, see `ahead.py`.
       stream: next_batch, get_state, set_state; first_round is added to its rounds, so that no two stages share an id.
     """
 
@@ -66,6 +69,12 @@ class Stage:
     second_look: SecondLook | None = None
     add_frozen: Callable[[MicroBatch], MicroBatch] | None = None
     probe: Callable[[Mapping[str, Params], Sequence[MicroBatch]], dict[str, float]] | None = None
+    rollouts_ahead: bool = False
+
+
+def copied(params: Params) -> Params:
+    """The default `World.keep`."""
+    return jax.tree.map(jnp.copy, params)
 
 
 def untraced(step: int) -> AbstractContextManager[None]:
@@ -91,6 +100,7 @@ class World:
     save: Callable[..., None]  # (step, state, host, arrays, *, metric, wait)
     should_stop: Callable[[], bool]
     traced: Callable[[int], AbstractContextManager[None]] = untraced  # around each step: a profiler, or nothing
+    keep: Callable[[Params], Params] = copied  # what `sample` takes, as new arrays that outlive the next update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +131,15 @@ class Progress:
     waiting: list[list[int]] = dataclasses.field(default_factory=list)  # of a route with a buffer: question, visit
     apart_updates: int = 0  # optimizer steps of the second optimizer in this stage
     controls: dict[str, float] = dataclasses.field(default_factory=dict)  # steered coefficients of this stage
+    ahead: OpenStep | None = None  # the next step, where its rollouts were made ahead; they are complete
 
 
 def progress_to_host(progress: Progress, stream_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """JSON values and host arrays that, with the device state, are the whole run."""
     open_step = progress.open_step
     host = {field.name: getattr(progress, field.name) for field in dataclasses.fields(Progress)}
-    host["open_step"] = None if open_step is None else to_json(open_step)
+    for name in ("open_step", "ahead"):
+        host[name] = None if host[name] is None else to_json(host[name])
     arrays = {}
     if open_step is not None and open_step.scores is not None:
         arrays = {
@@ -142,7 +154,10 @@ def progress_from_host(
     host: Mapping[str, Any], arrays: Mapping[str, np.ndarray], questions: Mapping[int, Question]
 ) -> Progress:
     """The inverse of `progress_to_host`, but for the stream's position."""
+    host = {"ahead": None, **host}  # which was not always there
     fields = {field.name: host[field.name] for field in dataclasses.fields(Progress)}
+    if host["ahead"] is not None:
+        fields["ahead"] = from_json(host["ahead"], questions, None)
     if host["open_step"] is not None:
         scores: dict[str, dict[str, np.ndarray]] = {}
         for key in sorted(key for key in arrays if key.startswith("scores_")):

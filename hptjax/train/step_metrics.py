@@ -117,6 +117,16 @@ def visit_metrics(gated: Gated, questions: Sequence[Question], history: dict[str
     return {"hpt/flips": flips, "hpt/first_solved": first_solved}
 
 
+def staleness_metrics(step: OpenStep) -> dict[str, int]:
+    """How old the samples are that a step has learnt from: steps and optimizer updates since their weights."""
+    if step.weights is None:
+        return {"rollout/staleness": 0, "rollout/staleness_updates": 0}
+    steps, updates = step.weights
+    first = step.ledger_rows[0]
+    before = first["optimizer_step"] - int(first["status"] == "updated")
+    return {"rollout/staleness": step.step - steps, "rollout/staleness_updates": before - updates}
+
+
 def merge_stats(totals: dict[str, list[float]], stats: Mapping[str, Any]) -> None:
     """Adds sums and counts, and takes the larger peak, over the updates of a step."""
     for name, stat in stats.items():
@@ -130,8 +140,15 @@ def merge_stats(totals: dict[str, list[float]], stats: Mapping[str, Any]) -> Non
             totals[name] = [before[0] + leaves[0], before[1] + leaves[1]]
 
 
-def update_metrics(step: OpenStep, updates: Sequence[Update], seconds: Mapping[str, float]) -> dict[str, Any]:
-    """What the updates of a step say: losses, norms, the witness, times and throughput."""
+def update_metrics(
+    step: OpenStep, updates: Sequence[Update], seconds: Mapping[str, float], beside: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """What the updates of a step say: losses, norms, the witness, times and throughput.
+
+    Args
+      seconds: of the main thread, by phase; they make up the step's time. beside: of the step's rollouts and verdicts,
+        where they were made beside the step before; what the main thread has not waited for of it was hidden.
+    """
     row: dict[str, Any] = {
         name: parts[0] if len(parts) == 1 else (parts[0], parts[1])
         for name, parts in step.stats.items()
@@ -168,6 +185,8 @@ def update_metrics(step: OpenStep, updates: Sequence[Update], seconds: Mapping[s
     checked = [entry["checksum"] for entry in rows if entry["checksum"] is not None]
     if checked:
         row["witness/checksum"] = max(checked)
-    if "rollout" in seconds:
-        row["perf/rollout_tokens_per_s"] = (generated, seconds["rollout"])
+    if "rollout" in seconds and (beside or step.weights is None):  # else they were made before a stop
+        row["perf/rollout_tokens_per_s"] = (generated, (beside or seconds)["rollout"])
+    if beside:
+        row["perf/rollout_ahead_s"] = max(sum(beside.values()) - seconds["rollout"], 0.0)
     return row | {f"timing_s/{name}": value for name, value in seconds.items()}

@@ -104,7 +104,8 @@ def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 def watch_sampler(write: Write, say: Callable[[str], None]) -> Write:
     """`write`, with an alarm at the step where sampler and trainer begin to disagree by more than float32 rounding.
 
-    A disagreement means that the policy learns from samples of another distribution than it believes.
+    A disagreement means that the policy learns from samples of another distribution than it believes. Steps whose
+    samples are of older weights say nothing about it.
     """
     above = False
 
@@ -112,7 +113,7 @@ def watch_sampler(write: Write, say: Callable[[str], None]) -> Write:
         nonlocal above
         write(step, metrics)
         gap = metrics.get("rollout/logp_diff_max")
-        if gap is None:
+        if gap is None or metrics.get("rollout/staleness", 0) > 0:
             return
         was, above = above, not gap <= LOGP_DIFF_LIMIT  # NaN is an alarm
         if above and not was:
@@ -128,6 +129,8 @@ def watch_sampler(write: Write, say: Callable[[str], None]) -> Write:
 def say_sampler_gap(write: Write, say: Callable[[str], None], held: str) -> Write:
     """`write`, and once, at the first step that has rollouts, how far off the trainer's log-probs the sampler's are.
 
+    Steps whose samples are of older weights are passed over.
+
     Args
       held: what makes them differ, in words.
     """
@@ -136,7 +139,7 @@ def say_sampler_gap(write: Write, say: Callable[[str], None], held: str) -> Writ
     def told(step: int, metrics: Mapping[str, Any]) -> None:
         nonlocal said
         write(step, metrics)
-        if said or "rollout/logp_diff_max" not in metrics:
+        if said or "rollout/logp_diff_max" not in metrics or metrics.get("rollout/staleness", 0) > 0:
             return
         said = True
         say(
