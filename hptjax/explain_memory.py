@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from hptjax.build.mesh import check_mesh, rollout_rules, training_rules
-from hptjax.build.policy import decode_shape
+from hptjax.build.sampler import decode_shape
 from hptjax.config import Config, ShapeConfig
 from hptjax.config_batch import SHORT_ROW_TOKENS, mesh_devices, mesh_sizes, mesh_words
 from hptjax.explain import human_bytes

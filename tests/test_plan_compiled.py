@@ -4,7 +4,6 @@ what does not fit, the search, and, where libtpu is installed, a small model on 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import io
 import json
@@ -128,7 +127,8 @@ def test_plan_agrees_with_the_unrolled_program(eight_devices, monkeypatch, compi
     if compiled is adapter_gradient:
         config = dataclasses.replace(config, lora=LoraConfig(rank=16))
     _, rolled = compiled(config, shape, eight_devices)
-    monkeypatch.setattr(policy.decoder, "forward", functools.partial(decoder.forward, unroll=layers))
+    forward = decoder.forward
+    monkeypatch.setattr(policy.decoder, "forward", lambda *args, **named: forward(*args, **named | {"unroll": layers}))
     program, unrolled = compiled(config, shape, eight_devices)
     counted = program_flops(config, shape, "train step", platform="cpu")
     assert counted.total / 8 == pytest.approx(program.cost_analysis()["flops"], rel=0.15)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from hptjax.build.adapters import as_used
-from hptjax.build.policy import build_functions, build_policy, decode_shape
+from hptjax.build.policy import build_functions, build_policy
+from hptjax.build.sampler import decode_shape
 from hptjax.config import MeshConfig
 from hptjax.models import decoder
 from hptjax.models.attention import attention_step, attention_step_in_blocks, attention_step_in_pages

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,21 @@ from hptjax.models.presets import PRESETS
 from hptjax.models.shape import DecoderConfig
 from hptjax.sharding.mesh import make_mesh
 from hptjax.sharding.rules import Rules, axes_that_divide, make_rules, parts
+
+DEVICE_FLAG = "xla_force_host_platform_device_count"
+
+
+def offer_cpu_devices(config: Config) -> None:
+    """Lets the CPU be as many devices as the mesh has, up to its cores, where nobody has said how many it is.
+
+    To be called before jax looks for its devices; afterwards it does nothing. Where an accelerator is found they are
+    not used. Devices share a batch with less waiting than threads share each operation.
+    """
+    wanted = mesh_devices(config)
+    said = DEVICE_FLAG in os.environ.get("XLA_FLAGS", "") or jax.config.values["jax_num_cpu_devices"] > 0
+    if 1 < wanted <= (os.cpu_count() or 1) and config.distributed.mode == "none" and not said:
+        with contextlib.suppress(RuntimeError):  # jax has looked already
+            jax.config.update("jax_num_cpu_devices", wanted)
 
 
 def build_mesh(config: Config, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:

@@ -12,28 +12,24 @@ import jax
 import jax.numpy as jnp
 
 from hptjax.build.adapters import BASE, Frozen, as_used, first_adapters, place_adapters
-from hptjax.build.attention import cache_block, prefill_attention, training_attention
-from hptjax.build.mesh import build_mesh, check_mesh, rollout_rules, training_rules
+from hptjax.build.attention import training_attention
+from hptjax.build.mesh import build_mesh, check_mesh, offer_cpu_devices, rollout_rules, training_rules
+from hptjax.build.sampler import decode_shape, is_written_out, rollout_shardings, sampler_functions
 from hptjax.config import Config
 from hptjax.data.tokenizer import load_tokenizer, stop_ids
 from hptjax.losses.logprobs import TokenStats, token_logprobs
 from hptjax.model_shape import asked_adapter, decoder_shape
 from hptjax.models import decoder
-from hptjax.models.cache import cache_axes, cache_shapes
 from hptjax.models.folder_config import read_eos_ids
 from hptjax.models.folder_slices import load_placed
 from hptjax.models.quantise import quantised_matrices, with_scales
 from hptjax.models.shape import DecoderConfig
 from hptjax.rollout.engine import make_engine
-from hptjax.rollout.programs import DecodeStep, Prefill, RolloutShardings, Unembedding
-from hptjax.rollout.requests import DecodeShape
-from hptjax.sharding.mesh import row_sharding
+from hptjax.rollout.programs import RolloutShardings
 from hptjax.sharding.reshard import make_reshard
-from hptjax.sharding.rules import Rules, make_constrain, named_shardings, parts, replicated, shard_tree
+from hptjax.sharding.rules import Rules, make_constrain, named_shardings, parts, shard_tree
 from hptjax.train.objective import TokenStatsFn, per_token
 from hptjax.types import MicroBatch, Params
-
-MAX_STOP_IDS = 8  # of a request
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +64,7 @@ class Functions:
     Args
       rules: the table of training; shardings: of the parameters, by it. token_stats: want_entropy -> the model call of
         the losses.
-      prefill, decode_step, unembedding: what `rollout.engine` asks of a policy. rollout_shardings: None on one device.
+      sampler: what `rollout.engine` asks of a policy, by its names. rollout_shardings: None on one device.
       rollout_parts: devices that slots are cut over.
       decode_shardings, decode_weights: layout of the weights while they sample, and what they become on the way there;
         None where rollouts use the weights of training.
@@ -77,9 +73,7 @@ class Functions:
     rules: Rules
     shardings: Any
     token_stats: Callable[[bool], TokenStatsFn]
-    prefill: Prefill
-    decode_step: DecodeStep
-    unembedding: Unembedding
+    sampler: dict[str, Any]
     rollout_shardings: RolloutShardings | None
     rollout_parts: int
     decode_shardings: Any
@@ -89,6 +83,7 @@ class Functions:
 def build_policy(config: Config) -> Policy:
     """Loads or makes the model that the config names, puts it on its mesh, and makes its functions."""
     check_mesh(config)
+    offer_cpu_devices(config)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
     shape = decoder_shape(config, lambda: len(tokenizer))
     _check_lengths(config, shape, len(tokenizer))
@@ -102,9 +97,7 @@ def build_policy(config: Config) -> Policy:
         params = shard_tree(decoder.init_params(jax.random.key(config.seed), shape), model.shardings)
     sample = make_engine(
         **vars(decode_shape(config, shape.vocab_size, model.rollout_parts)),
-        prefill=model.prefill,
-        decode_step=model.decode_step,
-        unembedding=model.unembedding,
+        **model.sampler,
         pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         shardings=model.rollout_shardings,
     )
@@ -134,6 +127,7 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
     constrain = make_constrain(mesh, rules)
     dtype = jnp.dtype(config.model.compute_dtype)
     attention = training_attention(config, shape, mesh, rules)
+    unroll = shape.num_layers if is_written_out(shape, mesh) and config.model.remat == "none" else 1
 
     def token_stats(want_entropy: bool) -> TokenStatsFn:
         def stats(params: Params, micro_batch: MicroBatch) -> TokenStats:
@@ -147,6 +141,7 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
                 constrain=constrain,
                 attention=attention,
                 remat=config.model.remat,
+                unroll=unroll,
             )
             looked = token_logprobs(
                 hidden,
@@ -164,8 +159,6 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
 
     decode_rules = rollout_rules(config)
     rollout_parts = parts(mesh.shape, "batch", decode_rules)
-    sizes = decode_shape(config, shape.vocab_size, rollout_parts)
-    constrain_rollout = make_constrain(mesh, decode_rules)
     int8 = config.rollout.weights_dtype == "int8"
     kept = (with_scales(axes), with_scales(shapes)) if int8 else (axes, shapes)
     decode_shardings = named_shardings(mesh, *kept, decode_rules)
@@ -173,53 +166,12 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
         rules=rules,
         shardings=shardings,
         token_stats=token_stats,
-        prefill=partial(
-            decoder.prefill,
-            config=shape,
-            compute_dtype=dtype,
-            constrain=constrain_rollout,
-            attention=prefill_attention(config, shape, mesh, decode_rules),
-            int8_cache=config.rollout.cache_dtype == "int8",
-        ),
-        decode_step=partial(
-            decoder.decode_step,
-            config=shape,
-            compute_dtype=dtype,
-            constrain=constrain_rollout,
-            cache_block=cache_block(config, mesh.devices.flat[0].platform),
-            parts=rollout_parts,
-        ),
-        unembedding=lambda params: decoder.unembedding(params, shape).astype(dtype),
-        rollout_shardings=_rollout_shardings(config, mesh, decode_rules, shape, sizes) if mesh.size > 1 else None,
+        sampler=sampler_functions(config, shape, mesh, decode_rules),
+        rollout_shardings=rollout_shardings(config, shape, mesh, decode_rules) if mesh.size > 1 else None,
         rollout_parts=rollout_parts,
         decode_shardings=decode_shardings,
         decode_weights=None if decode_shardings == shardings else partial(_decode_weights, dtype=dtype, int8=int8),
     )
-
-
-def decode_shape(config: Config, vocab_size: int, parts: int) -> DecodeShape:
-    """The compiled sizes of rollouts, slots cut over so many devices. Raises ValueError for sizes that cannot work."""
-    rollout = config.rollout
-    return DecodeShape(
-        vocab_size=vocab_size,
-        slots=rollout.slots,
-        prefill_rows=rollout.prefill_rows,
-        prompt_buckets=rollout.prompt_buckets,
-        cache_capacity=rollout.cache_capacity,
-        tokens_per_call=rollout.tokens_per_call,
-        max_stop_ids=MAX_STOP_IDS,
-        cache_positions=rollout.cache_positions,
-        cache_page=rollout.cache_page,
-        cache_parts=parts,
-        precision=" ".join(f"{what}=int8" for what in int8_parts(config)),
-    )
-
-
-def int8_parts(config: Config) -> list[str]:
-    """What rollouts hold as int8: weights, cache, both or neither."""
-    rollout = config.rollout
-    held = {"weights": rollout.weights_dtype, "cache": rollout.cache_dtype}
-    return [name for name, dtype in held.items() if dtype == "int8"]
 
 
 def _decode_weights(params: Params, *, dtype: Any, int8: bool) -> Params:
@@ -274,16 +226,3 @@ def _stop_ids(config: Config, shape: DecoderConfig, tokenizer: Any) -> frozenset
             f"{outside}; correct its generation_config.json or change model.path"
         )
     return stop_ids(tokenizer, (*of_folder, *config.rollout.stop_ids))
-
-
-def _rollout_shardings(
-    config: Config, mesh: jax.sharding.Mesh, rules: Rules, shape: DecoderConfig, sizes: DecodeShape
-) -> RolloutShardings:
-    """Slots as the rows of a micro-batch; the cache by its logical axes (few kv heads are copied)."""
-    int8 = config.rollout.cache_dtype == "int8"
-    shapes = cache_shapes(shape, *sizes.cache_sizes, int8=int8)
-    return RolloutShardings(
-        rows=row_sharding(mesh, rules),
-        cache=named_shardings(mesh, cache_axes(int8=int8), shapes, rules),
-        replicated=replicated(mesh),
-    )

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from hptjax.build.mesh import offer_cpu_devices
 from hptjax.build.parts import Parts, fingerprint, open_parts
 from hptjax.build.plots import plot_run
-from hptjax.build.policy import int8_parts
 from hptjax.build.profile import time_table, tracing
+from hptjax.build.sampler import int8_parts
 from hptjax.build.signals import stop_signals
 from hptjax.build.stages import build_stages, stage_list
 from hptjax.build.summary import summarise, summary_table
@@ -51,6 +52,7 @@ def train(config: Config, *, quiet: bool = False, profile: bool = False) -> dict
     Raises ValueError for input that cannot be used (config, data, model, a run folder of another config or in use),
       AccumulationError when an update's evidence fails, SystemExit(0) after a clean stop on SIGTERM or Ctrl-C.
     """
+    offer_cpu_devices(config)
     chosen = config.distributed
     initialize(
         chosen.mode,

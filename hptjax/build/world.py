@@ -15,7 +15,7 @@ from rich.console import Console
 from hptjax.build.adapters import Frozen, as_used
 from hptjax.build.outside import outside_sampler
 from hptjax.build.parts import TRAIN_KEY, Parts
-from hptjax.build.policy import int8_parts
+from hptjax.build.sampler import int8_parts
 from hptjax.config import Config, resolved
 from hptjax.data import tokenizer as text
 from hptjax.records import Objective, Question

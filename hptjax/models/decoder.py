@@ -147,7 +147,7 @@ def forward(
     def body(hidden: Array, weights: dict[str, Any]) -> tuple[Array, None]:
         return layer(hidden, weights, turn, attend, config=config, constrain=constrain)[0], None
 
-    hidden = _embed(params, tokens, compute_dtype, constrain)
+    hidden = embed(params, tokens, compute_dtype, constrain)
     hidden, _ = jax.lax.scan(rematerialised(body, remat), hidden, params["layers"], unroll=unroll)
     return rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
 
@@ -194,7 +194,7 @@ def prefill(
     def with_room(leaf: Array) -> Array:  # [L B P ...]
         return jnp.pad(leaf, [(0, 0), (0, 0), (0, capacity - prompt_tokens), *[(0, 0)] * (leaf.ndim - 3)])
 
-    hidden = _embed(params, tokens, compute_dtype, constrain)
+    hidden = embed(params, tokens, compute_dtype, constrain)
     hidden, new = jax.lax.scan(body, hidden, params["layers"])
     return rms_norm(hidden, params["final_norm"], config.rms_norm_eps), jax.tree.map(with_room, new)
 
@@ -244,7 +244,7 @@ def decode_step(
         hidden, key, value = layer(hidden, weights, turn, attend, config=config, constrain=constrain)
         return hidden, as_kept(key[:, 0], value[:, 0], int8)
 
-    hidden = _embed(params, tokens[:, None], compute_dtype, constrain)
+    hidden = embed(params, tokens[:, None], compute_dtype, constrain)
     if pages is None and (cache_block is None or cache_block >= capacity):
         hidden, new = jax.lax.scan(whole, hidden, (params["layers"], cache))  # [L B K E], [L B K]
     else:
@@ -260,9 +260,8 @@ def decode_step(
     return hidden[:, 0], jax.tree.map(put, cache, new)
 
 
-def _embed(
-    params: Params, tokens: Int[Array, "B T"], compute_dtype: Any, constrain: Constrain
-) -> Float[Array, "B T D"]:
+def embed(params: Params, tokens: Int[Array, "B T"], compute_dtype: Any, constrain: Constrain) -> Float[Array, "B T D"]:
+    """The tokens' rows of the embedding, in the compute type."""
     # The table is gathered along its other axis first: rows cut over the same devices as its columns would otherwise
     # make the compiler copy [B T D] to every device. Cast after the lookup, so that its gradient adds in float32.
     table = constrain(params["embedding"], ("vocab", "features"))

@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from hptjax.build.adapters import BASE, Adapters, Frozen, as_used, place_adapters, seeing
 from hptjax.build.frozen import make_score
-from hptjax.build.policy import Functions, build_functions, decode_shape
+from hptjax.build.policy import Functions, build_functions
+from hptjax.build.sampler import decode_shape
 from hptjax.build.stages import Step, build_step
 from hptjax.config import Config, StageConfig
 from hptjax.losses.estimator import Need
@@ -140,9 +141,7 @@ def _rollout(
     sizes = decode_shape(config, shape.vocab_size, model.rollout_parts)
     programs = make_programs(
         sizes,
-        prefill=model.prefill,
-        decode_step=model.decode_step,
-        unembedding=model.unembedding,
+        **model.sampler,
         shardings=model.rollout_shardings,
     )
     weights = params
@@ -165,7 +164,10 @@ def _rollout(
     if sizes.pages:
         pages = jax.ShapeDtypeStruct((sizes.slots, sizes.pages_per_slot), jnp.int32)
     if places is not None:
-        cache, rows = _with_places(cache, places.cache), _with_places(rows, rows_shardings(places.cache))
+        cache, rows = (
+            _with_places(cache, places.cache),
+            _with_places(rows, rows_shardings(places.cache, model.sampler["position_axis"])),
+        )
         settings, progress = (_with_places(tree, places.rows) for tree in (settings, progress))
     truncated = rollout.top_k > 0 or rollout.top_p < 1
     lower["prefill"] = lambda: programs.prefill.lower(weights, tokens, lengths)  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ The engine speaks to a policy through three functions and never sees a model:
 
 With `cache_positions` decode_step is also given `pages` [S M], the page of each slot's m-th block.
 
-A cache is a pytree whose every array has its rows on axis 1 and its positions on axis 2 (layers on axis 0).
+A cache is a pytree whose every array has its rows on axis 1 (layers on axis 0) and its positions on one axis of all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from hptjax.records import Request, Sample
-from hptjax.rollout.programs import DecodeStep, Prefill, RolloutShardings, Unembedding, make_programs
+from hptjax.rollout.programs import DecodeStep, Prefill, RolloutShardings, Unembedding, as_they_are, make_programs
 from hptjax.rollout.requests import DecodeShape, check_requests, finished_sample, needs_sampling, truncates
 from hptjax.rollout.running import Running, run
 from hptjax.rollout.seats import Completion
@@ -46,6 +46,8 @@ def make_engine(
     prefill: Prefill,
     decode_step: DecodeStep,
     unembedding: Unembedding,
+    prepare: Callable[[Params], Params] = as_they_are,
+    position_axis: int = 2,
     vocab_size: int,
     slots: int,
     prompt_buckets: tuple[int, ...],
@@ -73,7 +75,8 @@ def make_engine(
         first.
 
     Args
-      prefill, decode_step, unembedding: the policy, see the module's docstring.
+      prefill, decode_step, unembedding: the policy, see the module's docstring. prepare: what the weights become before
+        a call's loop over tokens, for decode_step alone. position_axis: of the arrays in its cache.
       slots, prompt_buckets, cache_capacity, tokens_per_call, prefill_rows, max_stop_ids, cache_positions, cache_page,
         cache_parts, precision: compiled sizes, see `requests.DecodeShape`. prefill_rows: None is the number of slots.
       pad_id: token of empty places.
@@ -99,7 +102,13 @@ def make_engine(
         raise ValueError(f"pad_id: expected in [0, {vocab_size}), got {pad_id}; check the tokenizer's pad token")
 
     programs = make_programs(
-        shape, prefill=prefill, decode_step=decode_step, unembedding=unembedding, shardings=shardings
+        shape,
+        prefill=prefill,
+        decode_step=decode_step,
+        unembedding=unembedding,
+        prepare=prepare,
+        position_axis=position_axis,
+        shardings=shardings,
     )
 
     def sample(

@@ -11,6 +11,7 @@ Nothing that differs between requests is compiled in; only the path with top-k/t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,11 +26,16 @@ from hptjax.rollout.admission import FIELDS, NO_PAGE
 from hptjax.rollout.requests import DecodeShape
 from hptjax.types import Array, Params
 
-ROW_AXIS, POSITION_AXIS = 1, 2  # of every array in a cache
+ROW_AXIS = 1  # of every array in a cache
 
 Prefill = Callable[..., tuple[Array, Any]]
 DecodeStep = Callable[..., tuple[Array, Any]]
 Unembedding = Callable[[Params], Array]
+
+
+def as_they_are(params: Params) -> Params:
+    """The default `prepare`."""
+    return params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +107,17 @@ def make_programs(
     prefill: Prefill,
     decode_step: DecodeStep,
     unembedding: Unembedding,
+    prepare: Callable[[Params], Params] = as_they_are,
+    position_axis: int = 2,
     shardings: RolloutShardings | None,
 ) -> Programs:
     """The programs of a decode shape, compiled when they are first called; cache and progress they are given are
-    donated, and so are the settings to `enter`."""
+    donated, and so are the settings to `enter`.
+
+    Args
+      prepare: what the weights become at the beginning of every decode call, before its loop over tokens.
+      position_axis: of every array in a cache, the axis that counts positions.
+    """
 
     def empty(params: Params) -> tuple[Any, Settings, Progress]:
         tokens = jax.ShapeDtypeStruct((shape.slots, shape.prompt_buckets[0]), jnp.int32)
@@ -112,7 +125,9 @@ def make_programs(
         _, rows = jax.eval_shape(prefill, params, tokens, lengths)
 
         def room(leaf: jax.ShapeDtypeStruct) -> Array:
-            return jnp.zeros((*leaf.shape[:ROW_AXIS], *shape.cache_sizes, *leaf.shape[POSITION_AXIS + 1 :]), leaf.dtype)
+            sizes = list(leaf.shape)
+            sizes[ROW_AXIS], sizes[position_axis] = shape.cache_sizes
+            return jnp.zeros(sizes, leaf.dtype)
 
         whole = jnp.zeros(shape.slots, jnp.int32)
         settings = Settings(
@@ -133,10 +148,14 @@ def make_programs(
     slots = (placed.cache, placed.rows, placed.rows)
     return Programs(
         empty=jax.jit(empty, out_shardings=slots),
-        prefill=jax.jit(prefilled, out_shardings=rows_shardings(placed.cache)),
-        enter=jax.jit(_enter, out_shardings=slots, donate_argnames=("cache", "settings", "progress")),
+        prefill=jax.jit(prefilled, out_shardings=rows_shardings(placed.cache, position_axis)),
+        enter=jax.jit(
+            functools.partial(_enter, position_axis=position_axis),
+            out_shardings=slots,
+            donate_argnames=("cache", "settings", "progress"),
+        ),
         decode=jax.jit(
-            _make_decode(shape, decode_step, unembedding),
+            _make_decode(shape, decode_step, unembedding, prepare),
             out_shardings=(placed.cache, placed.rows, placed.replicated),
             donate_argnames=("cache", "progress"),
             static_argnames="truncated",
@@ -144,29 +163,36 @@ def make_programs(
     )
 
 
-def rows_shardings(cache: Any) -> Any:
+def rows_shardings(cache: Any, position_axis: int) -> Any:
     """Where prefilled rows live: as the cache does, but with their positions uncut, which need not divide."""
 
     def whole(place: NamedSharding) -> NamedSharding:
-        axes = (*place.spec, *[None] * (POSITION_AXIS + 1 - len(place.spec)))
-        spec = PartitionSpec(*axes[:POSITION_AXIS], None, *axes[POSITION_AXIS + 1 :])
+        axes = (*place.spec, *[None] * (position_axis + 1 - len(place.spec)))
+        spec = PartitionSpec(*axes[:position_axis], None, *axes[position_axis + 1 :])
         return NamedSharding(place.mesh, spec)
 
     return jax.tree.map(whole, cache)
 
 
 def _enter(
-    cache: Any, settings: Settings, progress: Progress, rows: Any, entries: Int[Array, "S F"], copies: Int[Array, "X 3"]
+    cache: Any,
+    settings: Settings,
+    progress: Progress,
+    rows: Any,
+    entries: Int[Array, "S F"],
+    copies: Int[Array, "X 3"],
+    *,
+    position_axis: int,
 ) -> tuple[Any, Settings, Progress]:
     """The slots named in `entries` hold their new samples, and the pages named in `copies` what was prefilled for
     them; the others are as they were. Where each slot has its own row, that row is its one page."""
     column = {name: entries[:, place] for place, name in enumerate(FIELDS)}
     entered = column["enters"] > 0
-    page_size = jax.tree.leaves(cache)[0].shape[POSITION_AXIS]
+    page_size = jax.tree.leaves(cache)[0].shape[position_axis]
 
     def filled_up(leaf: Array, size: int) -> Array:
         room = [(0, 0)] * leaf.ndim
-        room[POSITION_AXIS] = (0, -leaf.shape[POSITION_AXIS] % size)
+        room[position_axis] = (0, -leaf.shape[position_axis] % size)
         return jnp.pad(leaf, room)
 
     def copy_page(turn: Array, kept: Any) -> Any:
@@ -174,15 +200,15 @@ def _enter(
 
         def copy(cached: Array, prefilled: Array) -> Array:
             one = jax.lax.dynamic_index_in_dim(prefilled, row, axis=ROW_AXIS)
-            width = min(page_size, one.shape[POSITION_AXIS])
-            one = jax.lax.dynamic_slice_in_dim(one, block * page_size, width, axis=POSITION_AXIS)
+            width = min(page_size, one.shape[position_axis])
+            one = jax.lax.dynamic_slice_in_dim(one, block * page_size, width, axis=position_axis)
             # whole pages, so nothing of the last tenant is left in one that a sample begins with
             return jax.lax.dynamic_update_index_in_dim(cached, filled_up(one, page_size), page, axis=ROW_AXIS)
 
         return jax.tree.map(copy, kept, blocks)
 
     # rows of several pages are cut into them; one that is shorter than a page is filled up when it is copied
-    several = jax.tree.leaves(rows)[0].shape[POSITION_AXIS] > page_size
+    several = jax.tree.leaves(rows)[0].shape[position_axis] > page_size
     blocks = jax.tree.map(lambda leaf: filled_up(leaf, page_size), rows) if several else rows
 
     def changed(old: Array, new: Array) -> Array:
@@ -210,7 +236,9 @@ def _enter(
     return cache, jax.tree.map(changed, settings, new_settings), jax.tree.map(changed, progress, new_progress)
 
 
-def _make_decode(shape: DecodeShape, decode_step: DecodeStep, unembedding: Unembedding) -> Callable[..., Any]:
+def _make_decode(
+    shape: DecodeShape, decode_step: DecodeStep, unembedding: Unembedding, prepare: Callable[[Params], Params]
+) -> Callable[..., Any]:
     """Up to K = `tokens_per_call` more tokens for every slot: (cache, progress, report).
 
     The report [S, 2 K + 2] int32 is all that the host reads, in one transfer: K tokens, the bits of K log-probs, how
@@ -227,7 +255,7 @@ def _make_decode(shape: DecodeShape, decode_step: DecodeStep, unembedding: Unemb
         *,
         truncated: bool,
     ) -> tuple[Any, Progress, Array]:
-        head = unembedding(params)
+        head, params = unembedding(params), prepare(params)
         if head.shape[1] != shape.vocab_size:
             raise ValueError(f"vocab_size {shape.vocab_size}: the policy's unembedding has {head.shape[1]} columns")
         keys = sampling.sample_keys(key, settings.ids)
