@@ -86,11 +86,17 @@ def make_config(folder: Path, **sections: dict[str, Any]) -> Config:
             "tokens_per_call": common.NEW,
             "cache_capacity": total,
         },
+        "mesh": {"data": devices()},
         "telemetry": {"tensorboard": False, "progress": False, "plot": False},
     }
     for name, fields in sections.items():
         values[name] = {**values.get(name, {}), **fields}
     return build(Config, values, source="benchmark")
+
+
+def devices() -> int:
+    """CPU devices that share every batch: 2, the cores that all peers have, where there are as many."""
+    return min(2, os.cpu_count() or 1)
 
 
 def endless_policy(config: Config) -> Policy:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hptjax.models import decoder
+from hptjax.models import decoder, decoder_apart
 from hptjax.models.shape import DecoderConfig
 from hptjax.records import Request, Sample, SampleId
 from hptjax.rollout.engine import make_engine
@@ -57,9 +57,11 @@ def build(config: DecoderConfig, options: argparse.Namespace) -> Callable[..., l
     """The engine of a size."""
     bound: dict[str, Any] = {"config": config, "compute_dtype": jnp.float32}
     return make_engine(
-        prefill=functools.partial(decoder.prefill, **bound),
-        decode_step=functools.partial(decoder.decode_step, **bound),
+        prefill=functools.partial(decoder_apart.prefill_apart, **bound),
+        decode_step=functools.partial(decoder_apart.decode_step_apart, **bound),
         unembedding=functools.partial(decoder.unembedding, config=config),
+        prepare=decoder_apart.layers_apart,
+        position_axis=decoder_apart.POSITION_AXIS,
         vocab_size=config.vocab_size,
         slots=options.slots,
         prefill_rows=options.slots // GROUP,
