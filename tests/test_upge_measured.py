@@ -35,6 +35,9 @@ class Measured(NamedTuple):
     decoder: Any
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """What one command wrote, and the same batch measured at weights that have moved."""
@@ -90,7 +93,7 @@ def by_hand(draw, row, params, decoder):
     return gradient(params, samples, np.asarray(advantages) / tokens, decoder)
 
 
-@pytest.mark.parametrize("row", [pytest.param("rloo", marks=pytest.mark.slow), "reinforce", "sft"])
+@pytest.mark.parametrize("row", ["rloo", "reinforce", "sft"])
 def test_measured_figures_are_those_of_gradients_taken_sample_by_sample(measured, row):
     grads = {
         name: np.stack([by_hand(draw, name, measured.params, measured.decoder) for draw in measured.draws])

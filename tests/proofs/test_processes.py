@@ -60,7 +60,7 @@ def finish(processes: list[subprocess.Popen], folder: Path) -> None:
     assert [process.poll() for process in processes] == [0, 0], logs
 
 
-@pytest.fixture(scope="module", params=[pytest.param("8x1", marks=pytest.mark.slow), "4x2"])
+@pytest.fixture(scope="module", params=[pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("8x1", "4x2")])
 def both(request, tmp_path_factory):
     """What each of the two processes found on a mesh, by name."""
     folder = tmp_path_factory.mktemp("pair")
