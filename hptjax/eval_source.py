@@ -91,7 +91,7 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(
             f"expected a config file, a run folder or a model folder with its config.json, got '{path.parent}'{hint}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in '{path}', got {error}") from None
     if not isinstance(told, dict):
         raise ValueError(f"expected an object in '{path}', got {type(told).__name__}")

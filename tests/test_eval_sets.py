@@ -271,7 +271,12 @@ def test_eval_refuses(model, tmp_path, monkeypatch, capsys, options, words):
 
 
 def test_eval_refuses_what_is_no_model(tmp_path, capsys):
-    for content, words in ((None, "with its config.json"), ("{", "expected JSON"), ("[]", "expected an object")):
+    for content, words in (
+        (None, "with its config.json"),
+        ("{", "expected JSON"),
+        ("[" * 100_000, "JSON"),
+        ("[]", "expected an object"),
+    ):
         if content is not None:
             (tmp_path / "config.json").write_text(content)
         assert cli.run(["eval", str(tmp_path), "--suite", "math"]) == 2

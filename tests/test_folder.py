@@ -19,6 +19,8 @@ from hptjax.models.folder_config import read_config, read_eos_ids, read_shape
 from hptjax.models.folder_slices import load_placed
 from tests.test_models import FAMILIES, random_params
 
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 64}
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folder_round_trip_is_bit_equal(family, tmp_path):
@@ -106,6 +108,9 @@ def test_both_forms_of_the_config_file_read_the_same(tmp_path):
         ({"model_type": None}, "model_type must be one of llama, qwen2, qwen3; got None"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "architectures must name Qwen3ForCausalLM"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type must be 'default' or 'llama3', got 'yarn'"),
+        ({"rope_scaling": {"factor": 8, "low_freq_factor": 1}}, "rope_type beside factor, low_freq_factor, got none"),
+        ({"rope_scaling": {**LLAMA3, "factor": float("nan")}}, "factor must be a number above 0, got nan"),
+        ({"model_type": ["qwen3"]}, "model_type must be one of"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type must be 'default' or 'llama3', got 'linear'"),
         ({"rope_scaling": None, "rope_parameters": {"rope_type": "dynamic"}}, "got 'dynamic'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one object for all layers"),

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import random
+from decimal import Decimal
 
 import datasets
 import pyarrow as pa
@@ -27,6 +28,11 @@ from tests.openr1 import parquet, verl_row
 
 def rows_of(name):
     return list(open_rows(str(name)))
+
+
+def nested(levels):
+    """Lists inside lists: Python's own JSON reads such rows and fails to write them, as it stands deeper by then."""
+    return json.loads("[" * levels + "]" * levels)
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +119,53 @@ def test_rows_of_a_broken_file_are_one_clear_error(tmp_path):
         with pytest.raises(ValueError, match="expected") as refused:
             rows_of(tmp_path / name)
         assert name in str(refused.value)
+
+
+def test_rows_of_csv_are_texts_as_written_and_only_bad_lines_are_lost(tmp_path):
+    """Numbers of a table in text, as `datasets` makes them, round, lose zeros, and take None for an empty cell."""
+    answers = ["007", "12345678901234567890123", "0.12345678901234567890", "None", "NA", "True", "1e5", "1/2"]
+    lines = [f"{place}?,{answer}" for place, answer in enumerate(answers)]
+    (tmp_path / "a.csv").write_text("\ufeffproblem,answer\r\n" + "\r\n".join(lines) + "\r\n", encoding="utf-8")
+    assert [row["answer"] for row in rows_of(tmp_path / "a.csv")] == answers
+    bad = b'problem,answer\n"two\nlines, a ""word""",1\nq,1,2\n\xff,1\n\nq\nq,\n' + b"x" * 200_000 + b",3\n"
+    (tmp_path / "b.csv").write_bytes(bad)
+    assert rows_of(tmp_path / "b.csv") == [
+        {"problem": 'two\nlines, a "word"', "answer": "1"},
+        Unreadable("not_a_record"),
+        Unreadable("not_utf8"),
+        {"problem": "q", "answer": None},
+        {"problem": "q", "answer": None},
+        {"problem": "x" * 200_000, "answer": "3"},
+    ]
+    (tmp_path / "open.csv").write_text('problem,answer\nq,1\n"q,2\nq,3\n')
+    (tmp_path / "twice.csv").write_text("answer,answer\nq,1\n")
+    for name, words in (("open.csv", "line 4.*correct the quotes"), ("twice.csv", "rename them")):
+        with pytest.raises(ValueError, match=words):
+            rows_of(tmp_path / name)
+
+
+def test_rows_of_empty_files_are_none_and_no_name_is_no_file(tmp_path, monkeypatch):
+    empty = pa.table({"problem": pa.array([], pa.string()), "answer": pa.array([], pa.string())})
+    pq.write_table(empty, tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.csv", "a.json"):
+        (tmp_path / name).write_text("")
+    for name in ("a.parquet", "a.jsonl", "a.csv", "a.json"):
+        assert rows_of(tmp_path / name) == []
+    with pytest.raises(FileNotFoundError, match=r"expected a data file.*change data\.files"):
+        rows_of("")
+    (tmp_path / "one").mkdir()
+    parquet(tmp_path / "one" / "a.parquet", [{"problem": "q", "answer": "1"}])
+    monkeypatch.chdir(tmp_path / "one")
+    assert rows_of(".") == [{"problem": "q", "answer": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1e23, "1e+23"), (2.0**53, "9007199254740992"), (-0.0, "0"), (10**30, "1" + 30 * "0"), (Decimal("1.50"), "1.50")],
+)
+def test_importer_writes_a_number_with_the_digits_it_has(value, text):
+    """int(1e23) is 99999999999999991611392: an answer that nobody gave."""
+    assert FORMATS["native"]({"prompt": "q", "answer": value}).answer == {"answer": text}
 
 
 def test_rows_that_are_nowhere_say_where_was_looked_and_how_to_fetch(tmp_path, monkeypatch):
@@ -218,7 +271,13 @@ def test_importer_reads_its_format(format, row, expected):
         ("verl", {"reward_model": {"ground_truth": True}}, "malformed_answer"),
         ("verl", {"reward_model": {"ground_truth": [None]}}, "malformed_answer"),
         ("verl", {"reward_model": {"ground_truth": float("nan")}}, "malformed_answer"),
+        ("verl", {"reward_model": {"ground_truth": float("inf")}}, "malformed_answer"),  # what JSON makes of 1e400
+        ("verl", {"reward_model": {"ground_truth": Decimal("sNaN")}}, "malformed_answer"),
+        ("verl", {"reward_model": {"ground_truth": 10**5000}}, "malformed_answer"),  # Python refuses to write it
         ("verl", {"extra_info": 3}, "malformed_answer"),
+        ("native", {"answer": {"x": nested(200)}}, "malformed_answer"),
+        ("native", {"tools": [{"x": nested(200)}]}, "malformed_turns"),
+        ("messages", {"messages": [{**QUESTION, "x": nested(200)}]}, "malformed_turns"),
         ("messages", {"messages": "text"}, "malformed_turns"),
         ("messages", {"messages": None}, "no_question"),
         ("messages", {"messages": [ANSWER]}, "malformed_turns"),

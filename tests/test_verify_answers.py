@@ -33,6 +33,10 @@ PAIRS = r"""
 1 000 000 | 1000000 | both
 150000 | 1.5\times 10^5 | both
 -3 | 3 | none
+\frac{31}{2} | 3 1/2 | none
+31/2 | 3 1/2 | none
+3 1/2 | 31/2 | none
+3 1/2 | 3.5 | both
 12 | 12. | both
 12 | $12$ | both
 12 | \mathbf{12} | both

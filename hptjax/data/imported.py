@@ -63,7 +63,7 @@ def _read(name: str, choose: ChooseImporter) -> tuple[list[Example], FileCount]:
     readable = [row for row in begun if not isinstance(row, Unreadable)]
     if chosen is None and readable:
         raise ValueError(
-            f"expected columns of a known format in '{name}' (the README lists them), got "
+            f"expected columns of a known format in '{name}' (docs/data.md lists them), got "
             f"{sorted({str(column) for row in readable for column in row})[:20]}; rename the columns, or name the "
             "format in data.format"
         )

@@ -7,7 +7,9 @@ prompt by a chat template later (`data/prompts.py`); `Example.prompt` is until t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from hptjax.data.identity import canonical_text
@@ -20,7 +22,7 @@ Importer = Callable[[Row], Example | str]
 ROW_REASONS = {
     "not_utf8": "bytes that are no UTF-8",
     "not_json": "a line that is no JSON",
-    "not_a_record": "JSON that is no object",
+    "not_a_record": "JSON that is no object, or a line of a table with more cells than columns",
     "no_question": "no question, or an empty one",
     "malformed_turns": "turns that are no list of {role, content} with texts, or do not end with a question",
     "malformed_demonstration": "a demonstration that is neither a text nor one assistant's turn with a text",
@@ -29,6 +31,8 @@ ROW_REASONS = {
 
 ROLES = ("system", "developer", "user", "assistant", "tool")  # no sets: a row may hold anything, unhashable too
 ASKING = ("user", "tool")  # who may speak last before a completion
+MAX_NESTING = 100  # lists and objects inside each other, in turns, tools and answers
+EXACT = 2**53  # whole numbers up to here are floats of their own
 
 
 class Malformed(ValueError):
@@ -198,10 +202,7 @@ def _turn(value: Any) -> Row:
     content = _text(said.get("content", "" if said.get("tool_calls") else None))
     if content is None:
         raise Malformed("malformed_turns")
-    try:
-        json.dumps(said)
-    except (TypeError, ValueError):
-        raise Malformed("malformed_turns") from None
+    _as_json(said, "malformed_turns")
     return {**said, "content": content}
 
 
@@ -246,10 +247,7 @@ def _answer(value: Any) -> Mapping[str, Any]:
     if value is None or (isinstance(value, str | list | tuple | Mapping) and not value):
         return {}
     if isinstance(value, Mapping):
-        try:
-            return json.loads(json.dumps(value))
-        except (TypeError, ValueError):
-            raise Malformed("malformed_answer") from None
+        return _as_json(value, "malformed_answer")
     if not isinstance(value, list | tuple):
         value = [value]
     texts = [_number_or_text(each) for each in value]
@@ -261,9 +259,30 @@ def _answer(value: Any) -> Mapping[str, Any]:
 def _number_or_text(value: Any) -> str:
     if isinstance(value, str):
         return value.strip()
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise Malformed("malformed_answer")
-    return str(int(value)) if isinstance(value, int) or value.is_integer() else repr(value)
+    if not isinstance(value, int) and not (value.is_finite() if isinstance(value, Decimal) else math.isfinite(value)):
+        raise Malformed("malformed_answer")
+    whole = isinstance(value, float) and value.is_integer() and abs(value) <= EXACT  # above, digits would be made up
+    try:
+        return str(int(value)) if whole else str(value)
+    except ValueError:  # more digits than Python writes
+        raise Malformed("malformed_answer") from None
+
+
+def _as_json(value: Any, reason: str) -> Any:
+    """The value as JSON has it; what is none, or nested too deeply for all who will write it again, is Malformed."""
+    if not _shallow(value, MAX_NESTING):
+        raise Malformed(reason)
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        raise Malformed(reason) from None
+
+
+def _shallow(value: Any, levels: int) -> bool:
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return levels > 0 and all(_shallow(each, levels - 1) for each in inside)
 
 
 def _level(row: Row) -> int:
@@ -286,7 +305,7 @@ def _tools(value: Any) -> tuple[Row, ...]:
         return ()
     if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
         raise Malformed("malformed_turns")
-    return tuple(dict(tool) for tool in value)
+    return tuple(_as_json(value, "malformed_turns"))
 
 
 def _inside(row: Row, name: str) -> Row:

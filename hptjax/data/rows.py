@@ -1,14 +1,17 @@
 """Rows of a local file, a folder, or a data set of the hub, one after the other. Nothing is held but a batch.
 
-Parquet, CSV, Arrow, folders and the hub are read by `datasets` in streaming mode. JSON Lines are read line by line
-here, because `datasets` refuses a whole file for one bad line, and what is bad is to be counted. No code of a data set
-is ever run: `datasets` knows no loading scripts since version 4.
+Parquet, Arrow, folders and the hub are read by `datasets` in streaming mode. JSON Lines and CSV files are read here:
+`datasets` refuses a whole file for one bad line, and what is bad is to be counted; and of a table in text it makes
+numbers, which rounds long ones and loses an answer such as None. No code of a data set is ever run: `datasets` knows no
+loading scripts since version 4.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import gzip
+import itertools
 import json
 import logging
 import re
@@ -21,7 +24,8 @@ from hptjax.errors import first_line
 
 BATCH_ROWS = 256
 LINE_FILES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-TABLE_FILES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+TABLE_FILES = {".parquet": "parquet", ".arrow": "arrow"}
+CELL_CHARACTERS = 1 << 30  # of a CSV file; the standard library's own limit is 131,072
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.-]+))?")
 SUFFIX = re.compile(r"(?P<path>.+?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.-]+))?")
 
@@ -45,10 +49,8 @@ def open_rows(name: str) -> Iterator[Mapping[str, Any] | Unreadable]:
       -> FileNotFoundError or ValueError that names it.
     """
     path = Path(name)
-    if _exists(path) and path.is_file():
-        return _file_rows(path)
-    if _exists(path):
-        return _set_rows(name, str(path), None, None)
+    if name.strip() and _exists(path):
+        return _file_rows(path) if path.is_file() else _set_rows(name, str(path.resolve()), None, None)
     suffixed = SUFFIX.fullmatch(name)
     if suffixed and _exists(Path(suffixed["path"])) and Path(suffixed["path"]).is_dir():
         return _set_rows(name, *suffixed.group("path", "config", "split"))
@@ -73,11 +75,14 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any] | Unreadable]:
         return _line_rows(path)
     if path.name.endswith((".json", ".json.gz")):
         return _json_rows(path)
+    if path.suffix == ".csv":
+        return _csv_rows(path)
     if path.suffix in TABLE_FILES:
-        return _table_rows(str(path), _streamed(str(path), TABLE_FILES[path.suffix], data_files=str(path)))
+        options = {"batch_size": BATCH_ROWS} if path.suffix == ".parquet" else {}  # else no rows are an error
+        return _table_rows(str(path), _streamed(str(path), TABLE_FILES[path.suffix], data_files=str(path), **options))
     raise ValueError(
-        f"expected a data file that ends with one of {', '.join([*LINE_FILES, '.json', *TABLE_FILES])}, got '{path}'; "
-        "rename or convert it"
+        f"expected a data file that ends with one of {', '.join([*LINE_FILES, '.json', '.csv', *TABLE_FILES])}, "
+        f"got '{path}'; rename or convert it"
     )
 
 
@@ -113,6 +118,30 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any] | Unreadable]:
         ) from None
     for row in rows:
         yield _checked(row) if isinstance(row, dict) else Unreadable("not_a_record")
+
+
+def _csv_rows(path: Path) -> Iterator[Mapping[str, Any] | Unreadable]:
+    """The lines under the names of the columns; every cell a text, an empty one None."""
+    csv.field_size_limit(max(csv.field_size_limit(), CELL_CHARACTERS))
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = csv.reader(file, strict=True)
+        try:
+            names = next(lines, [])
+            if len(set(names)) < len(names):
+                raise ValueError(f"expected columns of different names in '{path}', got {names[:20]}; rename them")
+            yield from (_csv_row(names, cells) for cells in lines if cells)
+        except csv.Error as error:
+            raise ValueError(
+                f"expected CSV in '{path}', got in line {lines.line_num}: {error}; correct the quotes there"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"expected to read '{path}' to its end, got {first_line(error)}; copy it again") from None
+
+
+def _csv_row(names: list[str], cells: list[str]) -> Mapping[str, Any] | Unreadable:
+    if len(cells) > len(names):
+        return Unreadable("not_a_record")
+    return _checked({name: cell or None for name, cell in itertools.zip_longest(names, cells)})
 
 
 def _json_row(line: bytes) -> Mapping[str, Any] | Unreadable:

@@ -64,8 +64,8 @@ def read_config(raw: Mapping[str, Any]) -> tuple[DecoderConfig, Sequence[Checkpo
     another type or said twice with two values -> ValueError.
     """
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"{CONFIG_FILE}: model_type must be one of {', '.join(FAMILIES)}; got {model_type!r}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"{CONFIG_FILE}: model_type must be one of {', '.join(FAMILIES)}; got {_short(model_type)}")
     architecture, keys = FAMILIES[model_type]
     named = raw.get("architectures") or [architecture]
     if not isinstance(named, list) or architecture not in named:
@@ -213,8 +213,13 @@ def _read_rope(raw: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling | None]
     for form in [*forms, {"rope_theta": raw.get("rope_theta")}]:
         for name, value in form.items():
             name = "rope_type" if name == "type" else name
-            if value is not None and rope.setdefault(name, value) != value:
+            if value is not None and rope.setdefault(name, value) is not value and rope[name] != value:
                 raise ValueError(f"{CONFIG_FILE}: {name} stands there twice, as {rope[name]!r} and as {value!r}")
+    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if "rope_type" not in rope and (stray := [field for field in fields if field in rope]):
+        raise ValueError(  # transformers 4 fails on it, and 5 leaves the stretch out without a word
+            f"{CONFIG_FILE}: expected rope_type beside {', '.join(stray)}, got none; add it, or remove them"
+        )
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise ValueError(f"{CONFIG_FILE}: rope_type must be 'default' or 'llama3', got {kind!r}")
@@ -223,7 +228,6 @@ def _read_rope(raw: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling | None]
     theta = _number(rope, "rope_theta", 10_000.0)
     if kind == "default":
         return theta, None
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     absent = [field for field in fields if rope.get(field) is None]
     if absent:
         raise ValueError(f"{CONFIG_FILE}: rope_type 'llama3' needs {', '.join(absent)}")

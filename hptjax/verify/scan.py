@@ -80,16 +80,20 @@ def scan(text: str) -> list[Token]:
 
 
 def normal(text: str) -> str:
-    """One spelling of an answer, for comparison as a string; spaces between words are kept, others are not.
+    """One spelling of an answer, for comparison as a string; spaces between words or numbers are kept, others are not.
 
     Example
       >>> normal(r"$\\dfrac{1}{2}$.") == normal(r"\\frac {1} {2}")
       True
     """
     parts: list[str] = []
+    before = ""
     for token in scan(cleaned(text)):
         words = token.kind in ("word", "text")
+        if token.spaced and token.kind == before == "number":  # 3 1/2 is not 31/2
+            parts.append(" ")
         parts.append(f" {' '.join(token.text.split())} " if words else token.text)
+        before = token.kind
     return " ".join("".join(parts).split())
 
 
