@@ -146,7 +146,9 @@ def command_sample(arguments: list[str]) -> int:
 
 def command_compare(arguments: list[str]) -> int:
     """Runs the arms, or continues them, and writes the table and the plot; of two evaluations, what changed."""
-    if len(arguments) == 2 and all(pathlib.Path(path).is_dir() for path in arguments):
+    if arguments and pathlib.Path(arguments[0]).is_dir():
+        if len(arguments) != 2 or not pathlib.Path(arguments[1]).is_dir():
+            raise ValueError(f"expected the folders of two evaluations or a config, got {' '.join(arguments)}.")
         return compare_evaluations(*map(pathlib.Path, arguments))
     options = parse("compare", arguments, lambda config: CompareOptions(config=config))
     check(options.config)

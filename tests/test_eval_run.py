@@ -96,8 +96,10 @@ def test_rows_that_are_not_of_this_evaluation_are_refused(tmp_path):
     with pytest.raises(ValueError, match="question 4"):
         evaluated(tmp_path / "b.jsonl")
     (tmp_path / "c.jsonl").write_text("".join([lines[0], "{damaged\n", *lines[1:]]))
-    with pytest.raises(ValueError, match=r"c\.jsonl, line 2"):
-        evaluated(tmp_path / "c.jsonl")
+    (tmp_path / "e.jsonl").write_text("".join([lines[0], "[" * 100_000 + "\n", *lines[1:]]))
+    for name in ("c", "e"):
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl, line 2: .*; change --out"):
+            evaluated(tmp_path / f"{name}.jsonl")
     with pytest.raises(ValueError, match="3 completions of each of 2 questions"):
         evaluated(tmp_path / "d.jsonl", sample=lambda places: [[completion(0, 0)] for _ in places])
 
@@ -114,6 +116,9 @@ def test_folder_belongs_to_one_evaluation(tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="with files in it; change --out"):
         begin(tmp_path / "other", manifest)
+    for taken in ("thesis.txt", "thesis.txt/out"):
+        with pytest.raises(ValueError, match=r"expected to make the folder .*; change --out"):
+            begin(tmp_path / "other" / taken, manifest)
     (tmp_path / "out" / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="expected JSON"):
         begin(tmp_path / "out", manifest)

@@ -91,12 +91,29 @@ def test_eval_of_a_suite_writes_the_reports_and_goes_on(model, tmp_path, monkeyp
     evaluate(model, *asked)
     assert path.read_bytes() == content
     assert read(out)["results"] == whole["results"]
-    evaluate(model, *asked, "--eval.temperature", 0.7, status=2)
-    assert "expected the evaluation that" in capsys.readouterr().err
+    other = (("--eval.temperature", 0.7), ("--rollout.weights_dtype", "int8"), ("--rollout.cache_dtype", "int8"))
+    for changed in (*other, ("--rollout.stop_ids", 4, 9), ("--prompt.bos", "True")):
+        evaluate(model, *asked, *changed, status=2)
+        assert "expected the evaluation that" in capsys.readouterr().err, changed
     evaluate(model, *asked, "--out", tmp_path / "other", "--eval.temperature", 0.7, "--baseline", out)
     assert read(tmp_path / "other")["paired"]["gsm8k"]["pass@1,strict"]["ci95"] == [0.0, 0.0]
     assert cli.run(["compare", str(out), str(tmp_path / "other")]) == 0
     assert "| gsm8k | lenient | pass@2 |" in capsys.readouterr().out
+    for wrong in ((), ("nowhere",), (str(out), str(out))):
+        assert cli.run(["compare", str(out), *wrong]) == 2
+        assert "expected the folders of two evaluations" in capsys.readouterr().err
+    # what would be found out at the end is found out before anything is sampled
+    a = lines(tmp_path / "a.jsonl", [{"problem": "What is 1+1?", "answer": "2"}])
+    Path("file").write_text("")
+    for options, words in (
+        (("--baseline", out), f"expected a --baseline with one of ['a'], got '{out}' with ['gsm8k']"),
+        (("--samples", 2, "--ks", 1, 4), "expected --ks of at most the samples per question, 2, got 4"),
+        (("--out", "file"), "expected to make the folder file"),
+        (("--out", "file/a"), "expected to make the folder file/a"),
+    ):
+        evaluate(model, "--data", a, *options, status=2)
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "evaluations" / "tiny-math-a").exists()
 
 
 def scripted(monkeypatch, answers):

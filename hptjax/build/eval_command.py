@@ -24,6 +24,7 @@ from hptjax.build.eval_sets import EvalSet
 from hptjax.build.parts import EVALUATION_KEY, adapter_record, base_digest, files_digest, use_compile_cache
 from hptjax.build.policy import Policy, build_policy
 from hptjax.build.prompts import PromptFormat, task_prompts, turn_prompts
+from hptjax.build.sampler import int8_parts
 from hptjax.config import Config
 from hptjax.data import tokenizer as text
 from hptjax.data.identity import ID_BITS, content_ids
@@ -72,13 +73,20 @@ def evaluate_sets(
       sets: by distinct names. out: folder of the evaluation, made or taken up.
       name: of the model, in the reports. checkpoint: "last" or "best" of the config's run; None: `model.path` as it is.
       samples: per question; None: as published, or `eval.samples_per_question` for data of the user's own.
-      ks: of pass@k and so on, as far as there are samples; none: powers of two.
+      ks: of pass@k and so on, in each set as far as it has samples; none: powers of two.
       limit: only the first questions of each set. baseline: folder of another evaluation of the same questions.
     Raises
-      a folder of another evaluation, a prompt format that cannot be used, no question that fits -> ValueError.
+      a folder of another evaluation, a prompt format that cannot be used, no question that fits, a k that no set has
+      samples for, a baseline without any of the sets -> ValueError.
     """
     counts = {each.name: samples or each.samples or config.eval.samples_per_question for each in sets}
-    before = None if baseline is None else read_evaluation(baseline)  # a wrong folder is told of before the work
+    before = None if baseline is None else read_evaluation(baseline)  # what cannot be done is told of before the work
+    if before is not None and not before.keys() & counts.keys():
+        raise ValueError(f"expected a --baseline with one of {sorted(counts)}, got '{baseline}' with {sorted(before)}")
+    if ks and max(ks) > max(counts.values()):
+        raise ValueError(
+            f"expected --ks of at most the samples per question, {max(counts.values())}, got {max(ks)}; raise --samples"
+        )
     use_compile_cache()
     policy = build_policy(config)
     prompts = (
@@ -99,6 +107,8 @@ def evaluate_sets(
             "tokenizer": files_digest(Path(config.model.tokenizer or config.model.path or ""), "tokenizer.json"),
             "compute_dtype": config.model.compute_dtype,
             "rope_theta": policy.config.rope_theta,
+            "int8": int8_parts(config),
+            "stop_ids": sorted(policy.stop_ids),
             "prompt": _prompt_record(config, prompts),
             "sampling": sampling,
             "samples": counts,
@@ -244,7 +254,7 @@ def _weights(config: Config, policy: Policy, checkpoint: str | None) -> tuple[Pa
 
 def _prompt_record(config: Config, prompts: PromptFormat) -> dict[str, Any]:
     asked = dataclasses.asdict(config.prompt)
-    return {**{name: asked[name] for name in ("system", "suffix", "plain")}, **prompts.record}
+    return {**{name: asked[name] for name in ("system", "suffix", "plain", "bos")}, **prompts.record}
 
 
 def _task(

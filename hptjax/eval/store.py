@@ -21,7 +21,8 @@ MANIFEST, SECONDS = "manifest.json", "seconds.txt"
 def begin(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Makes the folder, or takes up the one that an evaluation of the same things has begun.
 
-    Raises a folder of another evaluation, or one that holds other things -> ValueError that names what differs.
+    Raises a folder of another evaluation, one that holds other things or that cannot be made -> ValueError that names
+    what differs.
     """
     path, told = folder / MANIFEST, json.loads(json.dumps(manifest))
     if path.exists():
@@ -38,7 +39,10 @@ def begin(folder: Path, manifest: Mapping[str, Any]) -> None:
         raise ValueError(
             f"expected an empty folder or one of an evaluation, got {folder} with files in it; change --out"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"expected to make the folder {folder}, got {error.strerror}; change --out") from error
     partial = path.with_name(f"{MANIFEST}.partial")
     partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -88,8 +92,8 @@ def _rows(path: Path, content: bytes) -> tuple[list[bytes], list[Graded]]:
     for number, line in enumerate(lines, start=1):
         try:
             found.append(from_row(json.loads(line)))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: {error}; change --out, or remove that file") from error
     return lines, found
 
 
