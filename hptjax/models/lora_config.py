@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,13 +77,15 @@ def read_adapter_shape(path: str | os.PathLike[str]) -> AdapterShape:
     targets: Any = raw.get("target_modules")
     rank: Any = raw.get("r")
     alpha: Any = raw.get("lora_alpha")
-    wrong = [name for name in targets if name not in TARGETS] if isinstance(targets, list) and targets else targets
+    listed = isinstance(targets, list) and bool(targets)
+    wrong = [name for name in targets if not isinstance(name, str) or name not in TARGETS] if listed else targets
     if not isinstance(targets, list) or wrong or not targets:
         raise ValueError(
             f"{file}: target_modules must list some of {', '.join(TARGETS)}, got {wrong!r}; change lora.adapter"
         )
     ranked = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    if not ranked or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+    scaled = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 < alpha <= sys.float_info.max
+    if not ranked or not scaled:
         raise ValueError(
             f"{file}: expected r of at least 1 and lora_alpha above 0, got {rank!r} and {alpha!r}; change lora.adapter"
         )
