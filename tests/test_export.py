@@ -209,6 +209,10 @@ def test_convert_refuses_itself_and_what_a_dtype_cannot_hold(tmp_path):
     params["final_norm"][3] = np.nan
     with pytest.raises(ValueError, match="the weight itself is not finite"):
         folder.save_folder(tmp_path / "c", config, params, dtype="float32")
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(ValueError, match="expected to make the folder"):
+            convert_folder(tmp_path / "a", place, dtype=None)
     assert cli.run(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--shard-gb", "0"]) == cli.BAD_INPUT
 
 

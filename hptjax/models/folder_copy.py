@@ -12,7 +12,7 @@ import numpy as np
 
 from hptjax.models.folder import expected_shapes, open_model
 from hptjax.models.folder_config import CONFIG_FILE, GENERATION_FILE, read_json, write_config
-from hptjax.models.folder_write import SHARD_BYTES, as_saved, saved_dtype, write_weights
+from hptjax.models.folder_write import SHARD_BYTES, as_saved, make_folder, saved_dtype, write_weights
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,7 +30,7 @@ STORED_NAMES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "b
 
 def copy_files(source: pathlib.Path, target: pathlib.Path, names: tuple[str, ...]) -> None:
     """The files of these names, byte for byte, where they are there and the folders are two."""
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     for name in names:
         if (source / name).is_file() and not ((target / name).exists() and (source / name).samefile(target / name)):
             shutil.copyfile(source / name, target / name)

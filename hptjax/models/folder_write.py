@@ -47,6 +47,14 @@ def as_saved(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return stored
 
 
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes a folder where there is none. Raises a place that cannot be one -> ValueError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"expected to make the folder {folder}, got {error.strerror}; name another one") from error
+
+
 def write_weights(
     folder: pathlib.Path,
     sizes: Mapping[str, int],
@@ -69,7 +77,7 @@ def write_weights(
     names = [WEIGHTS_FILE]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, keys in zip(names, shards, strict=True):
         write_tensors(folder / f"{name}.partial", {key: tensor(key) for key in keys})
     index = {

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from hptjax.models.folder_config import ADAPTER_CONFIG, family
 from hptjax.models.folder_files import StoredTensor, shown
-from hptjax.models.folder_write import as_saved, saved_dtype, write_json, write_tensors
+from hptjax.models.folder_write import as_saved, make_folder, saved_dtype, write_json, write_tensors
 from hptjax.models.lora import adapter_shapes
 from hptjax.models.lora_config import TARGETS, AdapterShape, adapter_config, read_adapter_shape
 from hptjax.models.shape import DecoderConfig
@@ -86,7 +86,7 @@ def save_adapter(
       adapters: host arrays. base: folder or name of the model that they belong to, which PEFT looks up.
     """
     folder, stored = pathlib.Path(path), saved_dtype(dtype)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tensors = {}
     for key, (name, factor, layer) in _keys(config, shape.targets).items():
         value = np.asarray(adapters["layers"][name][factor][layer])
