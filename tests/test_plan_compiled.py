@@ -345,12 +345,12 @@ def test_plan_of_adapters_holds_state_for_them_alone(eight_devices):
 def test_plan_of_adapters_is_whole(eight_devices):
     config = config_of(lora=LoraConfig(rank=8), mesh=dataclasses.replace(MESH, rollout_rules="replicated"))
     plan = make_plan(config, shape_of(1), EIGHT, eight_devices, cache=None)
-    assert set(plan.programs) == {"train step", "score", "merge", "reshard", "prefill", "decode"}
+    assert set(plan.programs) == {"train step", "score", "merge", "reshard", "prefill", "enter", "decode"}
     train = plan.programs["train step"].compiled
     state = sum(plan.held[name] for name in ("parameters", "optimizer", "accumulator", "counters and checks"))
     state += plan.held["model beside the adapters"]
     assert train.argument_bytes == pytest.approx(state + plan.held["micro-batch"], rel=0.01)
-    assert plan.programs["decode"].resident_bytes == pytest.approx(state, rel=1e-6)
+    assert plan.programs["decode"].resident_bytes == pytest.approx(state + plan.held["prefilled prompts"], rel=1e-6)
     assert plan.programs["reshard"].resident_bytes == pytest.approx(state, rel=1e-6)
     text = io.StringIO()
     print_plan(plan, text)

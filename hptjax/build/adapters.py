@@ -11,6 +11,7 @@ would: a matrix is cast where it is used.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -121,7 +122,12 @@ def seeing(function: Callable[..., Any]) -> Callable[..., Any]:
 def with_frozen(frozen: Frozen, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function(trees, *rest)` compiled; the frozen trees are among its `trees`, as arguments of the program."""
     compiled = jax.jit(seeing(function))
-    return lambda trees, *rest: compiled(dict(frozen.trees), trees, *rest)
+
+    @functools.wraps(compiled)
+    def call(trees: Mapping[str, Params], *rest: Any) -> Any:
+        return compiled(dict(frozen.trees), trees, *rest)
+
+    return call
 
 
 def merge_on_host(base: Params, adapters: Params, scale: float) -> Params:

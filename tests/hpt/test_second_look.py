@@ -273,4 +273,4 @@ def test_run_stopped_between_second_look_and_update_ends_with_the_same_bits(ever
     assert steps[0]["critic/values/mean"] == 0.0 != steps[1]["critic/values/mean"]
     assert all(set(entry["grad_norm"]) == {"policy", "critic"} for entry in rows(config, "ledger.jsonl"))
     assert stages[-1].micro_step.__wrapped__._cache_size() == 1
-    assert stages[-1].score._cache_size() == 1
+    assert stages[-1].score.__wrapped__._cache_size() == 1
