@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -223,7 +222,7 @@ def test_multihost_killed_process_ends_the_other_and_both_started_again_finish(p
 @pytest.mark.slow
 def test_multihost_frozen_process_ends_the_other(tmp_path):
     assert statuses(tmp_path, ["cli", "whole:freeze"], only=0) == [1, None]
-    assert re.search(r"process 0 waited 6 s at '[a-z ]+' for process 1", log(tmp_path, 0))  # where, is a matter of load
+    assert "process 0 waited 2 s at 'judging samples' for process 1" in log(tmp_path, 0)
 
 
 @pytest.mark.slow
