@@ -34,7 +34,8 @@ from hptjax.data.stream import QuestionStream
 from hptjax.errors import exit_status
 from hptjax.rewards.pool import RewardPool
 from hptjax.sharding.host import to_host
-from hptjax.sharding.peers import HERE
+from hptjax.sharding.peers import HERE, is_first, waiting
+from hptjax.train.checkpoint import Checkpoints
 from hptjax.train.stage import Stage
 from hptjax.types import MicroBatch
 from tests import recorded, tiny
@@ -135,6 +136,22 @@ def full_disk() -> None:
 
 
 @contextlib.contextmanager
+def endless_save() -> Iterator[None]:
+    """The last save of process 0 never ends, as where the other froze inside it: nor does the closing of its files."""
+
+    close = Checkpoints.close
+
+    def never_close(checkpoints):
+        with waiting():
+            time.sleep(1000 * is_first())
+        close(checkpoints)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "close", never_close)
+        yield
+
+
+@contextlib.contextmanager
 def short_limit() -> Iterator[None]:
     """From the second step on, nobody is waited for longer than two seconds; compiling is over by then."""
     make_step = loop._step
@@ -158,6 +175,11 @@ FAULTS: dict[str, Callable[[], list[contextlib.AbstractContextManager]]] = {
     "stuck": lambda: [short_limit(), before_last_micro_batch(1, lambda: time.sleep(1000))],
     "kill_inside": lambda: [before_last_micro_batch(1, lambda: os.kill(os.getpid(), signal.SIGKILL))],
     "freeze": lambda: [short_limit(), at_step(1, lambda: os.kill(os.getpid(), signal.SIGSTOP))],
+    "freeze_saving": lambda: [
+        short_limit(),
+        endless_save(),
+        at_step(1, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
+    ],
     "freeze_first": lambda: [short_limit(), at_step(1, lambda: os.kill(os.getpid(), signal.SIGSTOP), process=0)],
 }
 

@@ -220,8 +220,10 @@ def test_multihost_killed_process_ends_the_other_and_both_started_again_finish(p
 
 
 @pytest.mark.slow
-def test_multihost_frozen_process_ends_the_other(tmp_path):
-    assert statuses(tmp_path, ["cli", "whole:freeze"], only=0) == [1, None]
+@pytest.mark.parametrize("fault", ["freeze", "freeze_saving"])
+def test_multihost_frozen_process_ends_the_other(tmp_path, fault):
+    """In words of the meeting that it did not come to, also where the way out of it waits for the frozen one."""
+    assert statuses(tmp_path, ["cli", f"whole:{fault}"], only=0) == [1, None]
     assert "process 0 waited 2 s at 'judging samples' for process 1" in log(tmp_path, 0)
 
 

@@ -31,7 +31,8 @@ class Place:
       run: which run of this process, counted; what earlier ones have left in the store is not seen. meetings: how many
         it has come to. what: its phase or meeting, in words. waits: how many waits for others are under way.
       changes: of the above. since: the last change, monotonic s.
-      timeout_s: how long others are waited for. failed: the run has failed, here or elsewhere.
+      timeout_s: how long others are waited for. failed: the run has failed, here or elsewhere. lost: what this process
+        has said of others that did not come to a meeting; it may still wait for them on its way out.
       changing: held by the thread that notes a change; there may be one with rollouts beside the main thread.
     """
 
@@ -43,6 +44,7 @@ class Place:
     since: float = dataclasses.field(default_factory=time.monotonic)
     timeout_s: float = 300.0
     failed: bool = False
+    lost: FailedElsewhere | None = None
     changing: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
 
     def change(self, *, what: str | None = None, waits: int = 0) -> None:
@@ -56,7 +58,7 @@ class Place:
     def begin(self, timeout_s: float) -> None:
         """Begins another run."""
         self.run += 1
-        self.meetings, self.waits, self.failed, self.timeout_s = 0, 0, False, timeout_s
+        self.meetings, self.waits, self.failed, self.lost, self.timeout_s = 0, 0, False, None, timeout_s
         self.change(what="start")
 
 
@@ -146,7 +148,9 @@ def _awaited(name: str, meeting: str) -> bytes:
             raise known
         if time.monotonic() > end:
             came = {other.rpartition("/")[2] for other, _ in store().key_value_dir_get_bytes(f"{meeting}/")}
-            raise missing([other for other in range(jax.process_count()) if str(other) not in came] or [0])
+            HERE.lost = missing([other for other in range(jax.process_count()) if str(other) not in came] or [0])
+            report_failure(str(HERE.lost), HERE.lost.status)
+            raise HERE.lost
 
 
 def missing(processes: Sequence[int], limit_s: float | None = None) -> FailedElsewhere:

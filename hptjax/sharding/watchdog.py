@@ -161,7 +161,7 @@ def _watch(over: threading.Event, answered: list[float]) -> None:
         late = _late(now, heard, moved)
         if late:
             last = max(min(heard[other], moved[other]) for other in late)
-            lost = missing(late, round(time.monotonic() - last))
+            lost = HERE.lost or missing(late, round(time.monotonic() - last))
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 report_failure(str(lost), lost.status)
             _end(lost)
