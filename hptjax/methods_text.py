@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import inspect
 import re
@@ -13,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from hptjax.build.example import example, overlay
-from hptjax.build.method import REMEDY, options
+from hptjax.build.method import REMEDY
+from hptjax.build.unread import method_and_options_read
 from hptjax.config import Config, resolved
 from hptjax.config_methods import MethodName
 from hptjax.config_text import toml_text, toml_value
 from hptjax.hpt.method import CONTINUED, DEMONSTRATIONS, ROLLOUTS, Method, Part, all_needs
 from hptjax.hpt.methods import METHODS
-from hptjax.hpt.options import Options
 from hptjax.losses.estimator import Estimator, Need
 from hptjax.losses.words import words_of
 
@@ -104,7 +103,7 @@ def part_words(part: Part) -> dict[str, Any]:
 
 def method_words(name: MethodName) -> dict[str, Any]:
     """Everything that is known of a method, as JSON values."""
-    method, read = _read(name)
+    method, read = method_and_options_read(Config(), name)
     needs = all_needs(method)
     return {
         "name": name,
@@ -143,7 +142,7 @@ def print_table(console: Console) -> None:
     for column, width in COLUMNS.items():
         table.add_column(column, overflow="fold", width=width)
     for name in all_names():
-        method, _ = _read(name)
+        method, _ = method_and_options_read(Config(), name)
         for place, part in enumerate(method.parts):
             words = part_words(part)
             needs = part.row.needs | (frozenset() if place else method.needs)
@@ -187,24 +186,6 @@ def toml(name: MethodName) -> str:
     """The quickstart with this method and what it needs, as a config file."""
     first = f"# The quickstart, trained by {name}; `hptjax methods {name}` says what that is.\n"
     return first + toml_text(example(name))
-
-
-class _Recorded(Options):
-    """Options that remember which of them were read."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in Options.__dataclass_fields__:
-            vars(self).setdefault("read", []).append(name)
-        return super().__getattribute__(name)
-
-
-def _read(name: MethodName) -> tuple[Method, list[str]]:
-    """The method with the config's defaults, and the options that making it has read, in their order."""
-    chosen = options(Config())
-    recorded = _Recorded(**{field.name: getattr(chosen, field.name) for field in dataclasses.fields(Options)})
-    vars(recorded)["read"] = []
-    method = METHODS[name](recorded)
-    return method, [field for field in Options.__dataclass_fields__ if field in vars(recorded)["read"]]
 
 
 def _fields(option: str) -> list[tuple[str, Any]]:

@@ -119,14 +119,21 @@ def test_bad_demonstrations_throughout_are_an_error(tmp_path, monkeypatch, capsy
 
 
 def test_bad_verifier_costs_the_reward_and_is_counted_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    """It raises, hangs or dies on some completions; training on truncated sampling is warned of in the same run."""
+    """It raises, hangs or dies on some completions; the same run warns of truncated sampling and of unread choices."""
     make = build_parts.build_task
 
     def build_task(task):
         return dataclasses.replace(make(task), verify=bad_verifiers.solve_or_misbehave)
 
     monkeypatch.setattr(build_parts, "build_task", build_task)
-    config = short(tmp_path, train__steps=1, reward__deadline_s=0.3, rollout__top_k=12, data__questions_per_step=12)
+    config = short(
+        tmp_path,
+        train__steps=1,
+        reward__deadline_s=0.3,
+        rollout__top_k=12,
+        data__questions_per_step=12,
+        hpt__kl_estimator="k1",
+    )
     summary = train(config, quiet=True)
     folder = Path(summary["folder"])
     (row,) = [row for row in read_rows(folder / "metrics.jsonl") if "witness/ok" in row]
@@ -138,7 +145,9 @@ def test_bad_verifier_costs_the_reward_and_is_counted_and_the_run_goes_on(tmp_pa
     assert all(entry["reward"] == 0.0 for entry in judged if entry["reason"] in ("timeout", "crashed"))
     assert row["witness/ok"] == 1
     assert summary["steps"] == 1
-    assert capsys.readouterr().err.count("warning: training on truncated sampling (rollout.top_k 12") == 1
+    said = capsys.readouterr().err
+    assert said.count("warning: training on truncated sampling (rollout.top_k 12") == 1
+    assert said.count("note: without effect with method 'hpt': hpt.kl_estimator\n") == 1
 
 
 def test_bad_second_process_in_a_run_folder_is_refused_before_it_writes(tmp_path):

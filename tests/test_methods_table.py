@@ -14,6 +14,7 @@ from hptjax import cli, methods_text
 from hptjax.build.example import PROVIDES, example, overlay
 from hptjax.build.method import REMEDY, build_recipe, met_needs, options
 from hptjax.build.rows import chosen_row
+from hptjax.build.unread import unread_choices
 from hptjax.config import Config, DataConfig, HptConfig, flatten
 from hptjax.config_check import check
 from hptjax.config_load import read_file
@@ -219,3 +220,47 @@ def test_command_prints_table_method_toml_and_json(capsys):
 def test_command_refuses_what_it_cannot_print(arguments, words, capsys):
     assert cli.run(["methods", *arguments]) == cli.BAD_INPUT
     assert words in capsys.readouterr().err
+
+
+SET = HptConfig(
+    clip_low=0.1, clip_high=0.3, sampler_correction="token_tis", kl_coefficient=0.1, top_entropy=0.2, gate=1
+)
+UNREAD = {
+    "grpo": ["hpt.gate"],
+    "cispo": ["hpt.gate"],
+    "hpt": [],
+    "random_gate": [],
+    "luffy": ["hpt.gate"],
+    "rloo": ["hpt.gate", "hpt.clip_low", "hpt.clip_high"],
+    "srft": ["hpt.gate", "hpt.clip_low", "hpt.clip_high"],
+    "dpo": ["hpt.gate", "hpt.clip_low", "hpt.clip_high"],
+    "sft": [
+        "hpt.gate",
+        "hpt.clip_low",
+        "hpt.clip_high",
+        "hpt.sampler_correction",
+        "hpt.top_entropy",
+        "hpt.kl_coefficient",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_choices_that_a_method_does_not_read_are_known(name):
+    assert unread_choices(Config(hpt=SET), name) == UNREAD[name]
+    assert unread_choices(Config(), name) == []
+    assert unread_choices(Config(hpt=HptConfig(kl_coefficient=0.0, kl_in="loss")), name) == []
+
+
+def test_unread_kl_choices_follow_the_coefficient_and_the_place():
+    unread = {"hpt.kl_estimator", "hpt.kl_in"}
+    assert set(unread_choices(Config(hpt=HptConfig(kl_estimator="k1")), "grpo")) == {"hpt.kl_estimator"}
+    in_reward = HptConfig(kl_coefficient=0.1, kl_estimator="k1", kl_in="reward")
+    assert set(unread_choices(Config(hpt=in_reward), "grpo")) == {"hpt.kl_estimator"}
+    assert set(unread_choices(Config(hpt=in_reward), "sft")) == unread | {"hpt.kl_coefficient"}
+
+
+def test_a_clip_of_another_kind_reads_the_widths_of_any_row_that_has_one():
+    kind = HptConfig(clip_low=0.1, clip_high=0.3, clip_kind="dual")
+    assert unread_choices(Config(hpt=kind), "hpt") == []
+    assert unread_choices(Config(hpt=kind), "sft") == ["hpt.clip_low", "hpt.clip_high", "hpt.clip_kind"]

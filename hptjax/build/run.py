@@ -10,14 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from hptjax.build.mesh import offer_cpu_devices
+from hptjax.build.opening import data_record, notes, opening_line
 from hptjax.build.parts import Parts, fingerprint, open_parts
 from hptjax.build.plots import plot_run
 from hptjax.build.profile import time_table, tracing
-from hptjax.build.sampler import int8_parts
 from hptjax.build.signals import stop_signals
 from hptjax.build.stages import build_stages, stage_list
 from hptjax.build.summary import summarise, summary_table
@@ -25,7 +22,6 @@ from hptjax.build.weights import export
 from hptjax.build.world import Saver, build_cadence, build_telemetry, build_world
 from hptjax.config import Config, resolved
 from hptjax.errors import SamplingFailed
-from hptjax.masked import mean
 from hptjax.records import Question
 from hptjax.rundir import check_seen, has_begun, held, mark, open_run_folder, read_json, run_folder, write_json
 from hptjax.sharding.agree import check_same, from_first
@@ -135,12 +131,12 @@ def _train(
             telemetry = build_telemetry(config, folder, stages, progress, files, quiet=quiet)
             if not quiet:
                 telemetry.say(opening_line(parts, folder, stages, progress))
-            _warn_of_truncation(config, stages, telemetry.say)
-            _say_int8(config, stages, telemetry.say)
+            for note in notes(config, stages):
+                telemetry.say(note)
             write_ledger = _nowhere
             if is_first():
                 write_ledger = files.enter_context(open_jsonl(folder / "ledger.jsonl")).write
-                write_json(folder / "data.json", _data_record(parts))
+                write_json(folder / "data.json", data_record(parts))
             saver = Saver(checkpoints, telemetry.say, seconds)
             world = build_world(
                 parts,
@@ -240,66 +236,6 @@ def _check_ledger(folder: Path, totals: Totals, progress: Progress) -> None:
     check_totals([*read_rows(folder / "ledger.jsonl"), *under_way], totals)
 
 
-def opening_line(parts: Parts, folder: Path, stages: Sequence[Stage], progress: Progress) -> str:
-    """What is about to run, on what, and what was dropped of the data."""
-    record = _data_record(parts)
-    plan = " then ".join(f"{stage.steps} steps of {stage.name}" for stage in stages)
-    sizes = ", ".join(f"{count} {name}" for name, count in record["questions"].items())
-    dropped = [
-        f"{count} {split} ({reason.replace('_', ' ')})"
-        for split, reasons in record["dropped"].items()
-        for reason, count in reasons.items()
-        if count
-    ]
-    parameters = f"{record['parameters']:,} parameters"
-    if record["frozen_parameters"]:
-        parameters += f" of adapters beside {record['frozen_parameters']:,} that stay"
-    return "\n".join(
-        [
-            f"{folder}: {plan}, from step {progress.step}; {parameters} on "
-            f"{parts.policy.mesh.size} {jax.default_backend()} device(s)"
-            + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
-            + _idle_devices(parts.policy.mesh.size),
-            f"questions: {sizes}" + (f"; dropped: {', '.join(dropped)}" if dropped else ""),
-        ]
-    )
-
-
-def _idle_devices(used: int) -> str:
-    idle = jax.device_count() - used
-    return f" ({idle} more stand idle: --mesh.fsdp or --mesh.data uses them)" if idle else ""
-
-
-def truncates_sampling(config: Config) -> bool:
-    """Whether rollouts are drawn from a part of the policy's distribution only."""
-    return config.rollout.top_k > 0 or config.rollout.top_p < 1.0
-
-
-def _warn_of_truncation(config: Config, stages: Sequence[Stage], say: Callable[[str], None]) -> None:
-    if truncates_sampling(config) and any(stage.rolls_out for stage in stages):
-        say(
-            f"warning: training on truncated sampling (rollout.top_k {config.rollout.top_k}, rollout.top_p "
-            f"{config.rollout.top_p}): log-probs are those before truncation, so the policy that learns is "
-            "not the one that sampled; 0 and 1 turn it off"
-        )
-
-
-def _say_int8(config: Config, stages: Sequence[Stage], say: Callable[[str], None]) -> None:
-    parts, correction = int8_parts(config), config.hpt.sampler_correction
-    if not parts:
-        return
-    own = config.rollout.engine == "own" and any(stage.rolls_out for stage in stages)
-    text = (
-        f"{'rollouts and evaluations' if own else 'evaluations'} hold {' and '.join(parts)} as int8 "
-        f"({', '.join(f'rollout.{name}_dtype' for name in parts)}): what samples is a little off the policy that learns"
-    )
-    if own:
-        text += f"; hpt.sampler_correction is {correction!r}" + (
-            ", so nothing corrects for it: 'token_tis' would" if correction == "none" else ", which corrects for it"
-        )
-    say(text)
-
-
 def _draw(config: Config, folder: Path, stages: Sequence[Stage]) -> None:
     """plot.png, where it is wanted and can be drawn."""
     if not config.telemetry.plot:
@@ -308,18 +244,3 @@ def _draw(config: Config, folder: Path, stages: Sequence[Stage]) -> None:
         plot_run(folder, ks=config.eval.ks, title=f"{config.name}: {' then '.join(stage.name for stage in stages)}")
     except Exception as error:  # a picture is worth no run
         print(f"warning: {folder}/plot.png could not be drawn: {type(error).__name__}: {error}", file=sys.stderr)
-
-
-def _data_record(parts: Parts) -> dict[str, Any]:
-    questions = parts.questions
-    prompts = np.asarray([len(question.prompt_tokens) for question in questions.train])
-    demonstrations = np.asarray([len(question.demonstration_tokens) for question in questions.train])
-    return {
-        **questions.record,
-        "questions": {name: len(getattr(questions, name)) for name in ("train", "validation", "test")},
-        "dropped": questions.dropped,
-        "mean_prompt_tokens": mean(prompts),
-        "mean_demonstration_tokens": mean(demonstrations),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(parts.policy.params)),  # those that are trained
-        "frozen_parameters": sum(leaf.size for leaf in jax.tree.leaves(dict(parts.policy.frozen.trees))),
-    }
