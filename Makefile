@@ -34,14 +34,14 @@ quickstart: $(STAMP)
 
 # at the compiler's cheapest level, to save time; test-full runs the same tests at the level that users have
 test: $(STAMP)
-	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not tpu"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not tpu"
 
 test-oracle:
 	$(MAKE) venv VENV=$(ORACLE_VENV) ACCEL=cpu EXTRAS=dev,oracle
-	$(ORACLE_VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/test_oracle_golden.py tests/test_oracle_live.py
+	$(ORACLE_VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/test_oracle_golden.py tests/test_oracle_live.py
 
 kill-matrix: $(STAMP)
 	$(BIN)/python -m tests.proofs.kill_matrix
