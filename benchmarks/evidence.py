@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from hptjax.build.policy import from_scratch
-from hptjax.config import ShapeConfig
+from hptjax.config_model import ShapeConfig
 from hptjax.losses.logprobs import token_logprobs
 from hptjax.models import decoder
 from hptjax.train.state import init_state

@@ -22,7 +22,8 @@ import optax
 
 from hptjax.build.method import Recipe, build_recipe, stability_mask
 from hptjax.build.policy import from_scratch
-from hptjax.config import Config, ShapeConfig
+from hptjax.config import Config
+from hptjax.config_model import ShapeConfig
 from hptjax.losses.estimator import Need
 from hptjax.losses.logprobs import TokenStats, token_logprobs
 from hptjax.models import decoder

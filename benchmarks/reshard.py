@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from hptjax.build.policy import from_scratch
-from hptjax.config import ShapeConfig
+from hptjax.config_model import ShapeConfig
 from hptjax.models import decoder
 from hptjax.sharding.mesh import make_mesh
 from hptjax.sharding.reshard import make_reshard

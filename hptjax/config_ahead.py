@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from hptjax.config import Config
 from hptjax.config_batch import mesh_devices, mesh_words, steps_of
 from hptjax.config_methods import PAIRED, learns_from_rollouts
-
-Problem = tuple[str, str, str]
-"""What was expected, what came, what to change."""
+from hptjax.config_problem import Problem
 
 
 def ahead_problems(config: Config) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from hptjax.config import Config, ScheduleKind, StageConfig
+from hptjax.config import Config, StageConfig
 from hptjax.config_methods import (
     APART,
     BESIDE_A_GROUP,
@@ -15,6 +15,7 @@ from hptjax.config_methods import (
     learns_from_rollouts,
     samples_per_question,
 )
+from hptjax.config_train import ScheduleKind
 
 # up to here `model.attention = "auto"` takes the plain form: its [B H T T] scores are small, and it is the fastest
 SHORT_ROW_TOKENS = 1024

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from hptjax.config import Config
 from hptjax.config_batch import steps_of
-from hptjax.config_prefix import Problem
+from hptjax.config_problem import Problem
 
 AT_MOST_ONE = "ppo_gamma ppo_lambda trsft_floor pear_gamma dapo_cushion_frac chord_peak chord_valley".split()
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal
+
+from hptjax.config_problem import Problem
 
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -24,19 +27,17 @@ class LoraConfig:
         return self.rank is not None or self.adapter is not None
 
 
-def lora_problems(lora: LoraConfig, *, has_model: bool) -> list[tuple[str, str, str]]:
-    """(what was expected, what came, the field to change) for each contradiction."""
-    problems = []
+def lora_problems(lora: LoraConfig, *, has_model: bool) -> Iterator[Problem]:
+    """What is wrong with these fields; `has_model`: there is a model for the adapters."""
     if lora.on and not has_model:
-        problems.append(("a model folder that the adapters belong to", "none", "model.path or lora.rank"))
+        yield "a model folder that the adapters belong to", "none", "model.path or lora.rank"
     given = {"alpha": lora.alpha, "rank_stabilised": lora.rank_stabilised, "targets": lora.targets}
     beside = [name for name, value in given.items() if value is not None]
     if not lora.on and beside:
-        problems.append((f"lora.rank beside lora.{beside[0]}", "none", "lora.rank"))
+        yield f"lora.rank beside lora.{beside[0]}", "none", "lora.rank"
     if lora.rank is not None and lora.rank < 1:
-        problems.append(("lora.rank of at least 1", f"{lora.rank}", "lora.rank"))
+        yield "lora.rank of at least 1", f"{lora.rank}", "lora.rank"
     if lora.alpha is not None and not 0 < lora.alpha < float("inf"):
-        problems.append(("lora.alpha above 0", f"{lora.alpha}", "lora.alpha"))
+        yield "lora.alpha above 0", f"{lora.alpha}", "lora.alpha"
     if lora.targets is not None and (not lora.targets or len(set(lora.targets)) < len(lora.targets)):
-        problems.append(("distinct names in lora.targets", f"{list(lora.targets)}", "lora.targets"))
-    return problems
+        yield "distinct names in lora.targets", f"{list(lora.targets)}", "lora.targets"

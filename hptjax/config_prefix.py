@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from hptjax.config import Config
 from hptjax.config_batch import steps_of
 from hptjax.config_methods import CONTINUED
+from hptjax.config_problem import Problem
 
 PUBLISHED_GROUP = 8  # TRAPO's micro-groups of 4, 2, 1 and 1
 STEP_REACH = 0.3  # share of a demonstration within which a prefix runs on to the end of a step
-
-Problem = tuple[str, str, str]
-"""What was expected, what came, what to change."""
 
 
 def prefix_problems(config: Config) -> Iterator[Problem]:

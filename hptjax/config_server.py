@@ -9,10 +9,8 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
+from hptjax.config_problem import Problem
 from hptjax.config_text import struct_list
-
-Problem = tuple[str, str, str]
-"""What was expected, what came, what to change."""
 
 
 @dataclasses.dataclass(frozen=True)

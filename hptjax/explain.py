@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from hptjax.config import Config, ShapeConfig
+from hptjax.config import Config
 from hptjax.config_batch import (
     StageSchedule,
     micro_batches_needed,
@@ -25,6 +25,7 @@ from hptjax.config_methods import (
     learns_from_rollouts,
     samples_per_bundle,
 )
+from hptjax.config_model import ShapeConfig
 from hptjax.explain_flops import Lengths, flop_lines
 from hptjax.masked import inverse_count
 from hptjax.model_shape import decoder_shape

@@ -15,8 +15,9 @@ from jax.sharding import AbstractMesh, AxisType
 
 from hptjax.build.mesh import check_mesh, rollout_rules, training_rules
 from hptjax.build.sampler import decode_shape
-from hptjax.config import Config, ShapeConfig
+from hptjax.config import Config
 from hptjax.config_batch import SHORT_ROW_TOKENS, mesh_devices, mesh_sizes, mesh_words
+from hptjax.config_model import ShapeConfig
 from hptjax.explain import human_bytes
 from hptjax.model_shape import adapter_count, asked_adapter
 from hptjax.models import decoder

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from hptjax.config import Config, ShapeConfig
+from hptjax.config import Config
+from hptjax.config_model import ShapeConfig
 from hptjax.models.folder_config import read_shape
 from hptjax.models.lora_config import TARGETS, AdapterShape, read_adapter_shape
 from hptjax.models.presets import PRESETS

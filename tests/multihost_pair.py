@@ -29,7 +29,8 @@ import hptjax.train.loop as loop
 import hptjax.train.rounds as rounds
 from hptjax import cli
 from hptjax.build.policy import Policy
-from hptjax.config import Config, DistributedConfig, MeshConfig, ShapeConfig
+from hptjax.config import Config, DistributedConfig, MeshConfig
+from hptjax.config_model import ShapeConfig
 from hptjax.data.stream import QuestionStream
 from hptjax.errors import exit_status
 from hptjax.rewards.pool import RewardPool

@@ -17,7 +17,8 @@ import hptjax.build.parts as build_parts
 from hptjax import cli
 from hptjax.build.parts import open_parts
 from hptjax.build.run import train
-from hptjax.config import Config, RewardFunction, flatten, resolved
+from hptjax.config import Config, flatten, resolved
+from hptjax.config_rollout import RewardFunction
 from hptjax.config_text import inline_table
 from hptjax.models import decoder
 from hptjax.models.folder import save_folder

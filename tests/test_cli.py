@@ -13,8 +13,9 @@ import pytest
 
 from hptjax import cli, doctor
 from hptjax import explain as explain_module
-from hptjax.config import Config, ShapeConfig
+from hptjax.config import Config
 from hptjax.config_load import load_config
+from hptjax.config_model import ShapeConfig
 from hptjax.explain import explain, rl_token_weight, sft_token_weight
 from hptjax.explain_memory import parameter_count
 from hptjax.records import Request, SampleId

@@ -13,7 +13,8 @@ from hptjax import compare
 from hptjax.compare.arms import chosen_arms
 from hptjax.compare.text import as_text
 from hptjax.compare.transitions import discoveries, exclusive, fisher_p, forgetting, transitions
-from hptjax.config import CompareArm, CompareConfig
+from hptjax.config import CompareConfig
+from hptjax.config_eval import CompareArm
 from tests import tiny
 from tests.test_config import changed
 

@@ -10,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hptjax import config_text
-from hptjax.config import CompareArm, Config, RewardFunction, RuleConfig, StageConfig, changed_fields, flatten, resolved
+from hptjax.config import Config, StageConfig, changed_fields, flatten, resolved
 from hptjax.config_batch import StageSchedule, micro_batches_needed, samples_per_update, schedule_of, stage_list
 from hptjax.config_check import check
+from hptjax.config_eval import CompareArm
 from hptjax.config_load import load_config, read_file
+from hptjax.config_mesh import RuleConfig
 from hptjax.config_methods import MicroGroupRow, SoftRow
+from hptjax.config_rollout import RewardFunction
 from hptjax.config_server import ServerCall
 from hptjax.explain import stage_lines
 from hptjax.train.optimizer import make_schedule

@@ -15,7 +15,9 @@ import pytest
 from hptjax.build.mesh import build_mesh, check_mesh
 from hptjax.build.policy import build_policy
 from hptjax.build.stages import build_stages
-from hptjax.config import MeshConfig, RuleConfig, ShapeConfig
+from hptjax.config import MeshConfig
+from hptjax.config_mesh import RuleConfig
+from hptjax.config_model import ShapeConfig
 from hptjax.models.decoder import param_shapes
 from hptjax.models.folder import save_folder
 from hptjax.models.shape import DecoderConfig

@@ -17,7 +17,8 @@ from hptjax import cli
 from hptjax.build.files import file_examples
 from hptjax.build.parts import open_parts
 from hptjax.build.run import train
-from hptjax.config import Config, RewardFunction
+from hptjax.config import Config
+from hptjax.config_rollout import RewardFunction
 from hptjax.data.prepare import DROP_REASONS
 from hptjax.data.split import split_position
 from hptjax.data.tokenizer import decode, load_tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hptjax.build.parts import open_parts
-from hptjax.config import RewardFunction
+from hptjax.config_rollout import RewardFunction
 from hptjax.records import Sample, SampleId, Source
 from tests.chat_templates import OPENED
 from tests.test_files import on_files

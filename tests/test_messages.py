@@ -9,7 +9,8 @@ import re
 
 import pytest
 
-from hptjax.config import Config, RewardFunction, StageConfig
+from hptjax.config import Config, StageConfig
+from hptjax.config_rollout import RewardFunction
 from hptjax.config_text import dotted_paths
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "hptjax"

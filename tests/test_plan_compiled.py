@@ -18,9 +18,10 @@ import pytest
 from hptjax.build import policy
 from hptjax.build.frozen import make_score
 from hptjax.cli import as_switch
-from hptjax.config import BatchConfig, Config, DataConfig, MeshConfig, ModelConfig, RolloutConfig, RuleConfig
+from hptjax.config import BatchConfig, Config, DataConfig, MeshConfig, ModelConfig, RolloutConfig
 from hptjax.config_batch import stage_list
 from hptjax.config_lora import LoraConfig
+from hptjax.config_mesh import RuleConfig
 from hptjax.model_shape import asked_adapter
 from hptjax.models import decoder
 from hptjax.models.lora import adapted

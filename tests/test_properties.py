@@ -16,7 +16,7 @@ import pytest
 
 from hptjax.build.policy import build_policy
 from hptjax.build.stages import build_stages
-from hptjax.config import ShapeConfig
+from hptjax.config_model import ShapeConfig
 from hptjax.hpt.gate import group_rollouts, solved_counts
 from hptjax.hpt.route import Judged
 from hptjax.models import decoder

@@ -27,11 +27,11 @@ from hptjax.config import (
     ModelConfig,
     OptimizerConfig,
     RolloutConfig,
-    ShapeConfig,
     TaskConfig,
     TelemetryConfig,
     TrainConfig,
 )
+from hptjax.config_model import ShapeConfig
 from hptjax.data import tokenizer as text
 from hptjax.records import Verdict
 

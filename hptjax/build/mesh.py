@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from hptjax.config import Config, RuleConfig
+from hptjax.config import Config
 from hptjax.config_batch import mesh_devices, mesh_sizes, mesh_words
+from hptjax.config_mesh import RuleConfig
 from hptjax.models.presets import PRESETS
 from hptjax.models.shape import DecoderConfig
 from hptjax.sharding.mesh import make_mesh

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import get_args
 
 from hptjax.compare.spent import read_spent
-from hptjax.config import CompareArm, Config, StageConfig
+from hptjax.config import Config, StageConfig
 from hptjax.config_check import check
+from hptjax.config_eval import CompareArm
 from hptjax.config_methods import FROM_DEMONSTRATIONS, MethodName
 
 POINTS = 8  # evaluations per run, beside those at the budgets

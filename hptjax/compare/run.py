@@ -17,8 +17,9 @@ from hptjax.compare.plots import plot
 from hptjax.compare.report import REPORT, read_off
 from hptjax.compare.spent import step_within, values_at
 from hptjax.compare.text import as_text
-from hptjax.config import CompareArm, Config
+from hptjax.config import Config
 from hptjax.config_batch import stage_list
+from hptjax.config_eval import CompareArm
 from hptjax.masked import mean
 from hptjax.rundir import read_json, write_json
 

@@ -11,7 +11,8 @@ import pytest
 
 from hptjax.build.policy import build_policy
 from hptjax.build.stages import build_stages
-from hptjax.config import MeshConfig, ShapeConfig
+from hptjax.config import MeshConfig
+from hptjax.config_model import ShapeConfig
 from hptjax.hpt.route import Routed
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import put_micro_batch

@@ -20,7 +20,7 @@ import pytest
 
 from hptjax.build.policy import build_policy
 from hptjax.build.stages import build_stages
-from hptjax.config import ShapeConfig
+from hptjax.config_model import ShapeConfig
 from hptjax.models import decoder
 from hptjax.records import Source
 from hptjax.train.accumulate import Status

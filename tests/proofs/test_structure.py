@@ -23,7 +23,8 @@ from hptjax.audit import dataflow
 from hptjax.audit.certificate import CertificateError, certify
 from hptjax.build.policy import build_policy
 from hptjax.build.stages import build_stages
-from hptjax.config import MeshConfig, ShapeConfig
+from hptjax.config import MeshConfig
+from hptjax.config_model import ShapeConfig
 from hptjax.sharding.mesh import put_micro_batch
 from hptjax.train.accumulate import Sums
 from hptjax.train.noise import token_noise_keys

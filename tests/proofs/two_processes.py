@@ -18,7 +18,8 @@ import optax
 
 from hptjax.build.policy import build_policy
 from hptjax.build.stages import build_stages
-from hptjax.config import Config, MeshConfig, ShapeConfig
+from hptjax.config import Config, MeshConfig
+from hptjax.config_model import ShapeConfig
 from hptjax.eval.evaluate import heldout_demonstration_nll
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import make_mesh, put_micro_batch
