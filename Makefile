@@ -6,6 +6,7 @@
 # make compare      ten methods, five seeds, equal budgets; in the background, and on where it was stopped
 # make base-model   trains the base model that the repository ships
 # make base-model-longer   the same training carried on: the teacher and author in the examples of `hptjax methods`
+# make bench        what a step costs as the work grows, into docs/benchmarks.md; goes on where it was stopped
 # make bench-peers  hptjax beside TRL, transformers, tunix and hand-written references, in one run; PEER_BENCH=folder of the harness
 # make lint         ruff and mypy
 # make plan-1.5b    what HPT on a 1.5B model does on 16 v5e chips that need not be there (installs libtpu into .venv-tpu)
@@ -27,7 +28,7 @@ ifeq ($(filter $(ACCEL),cpu cuda13 tpu),)
 $(error expected ACCEL to be cpu, cuda13 or tpu, got '$(ACCEL)')
 endif
 
-.PHONY: bench-peers compare plan-1.5b plan-all quickstart test test-full test-oracle kill-matrix base-model base-model-longer lint venv
+.PHONY: bench bench-peers compare plan-1.5b plan-all quickstart test test-full test-oracle kill-matrix base-model base-model-longer lint venv
 
 quickstart: $(STAMP)
 	$(BIN)/hptjax train configs/quickstart.toml
@@ -57,6 +58,9 @@ base-model: $(STAMP)
 base-model-longer: $(STAMP)
 	$(BIN)/hptjax train configs/base_model.toml --name base_model_longer --train.steps 1200 \
 	    --checkpoint.export-folder hptjax/base_model_longer
+
+bench: $(STAMP)
+	$(BIN)/hptjax bench
 
 PEER_BENCH ?= ../shared/bench
 PEERS ?= .peers

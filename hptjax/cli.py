@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import tyro
 
+from hptjax.cli_bench import command_bench
 from hptjax.cli_eval import command_eval, compare_evaluations
 from hptjax.cli_options import (
     AUDIT_HELP,
@@ -41,7 +42,7 @@ T = TypeVar("T")
 FOR_DATA_CHECK = Config(  # where no config is named: the limits of the published recipes
     data=DataConfig(max_prompt_tokens=1024), rollout=RolloutConfig(max_completion_tokens=8192)
 )
-KEEPS_WORK = ("train", "compare", "eval")  # an interrupted one goes on where it was
+KEEPS_WORK = ("train", "compare", "eval", "bench")  # an interrupted one goes on where it was
 
 HELP = """\
 usage: hptjax COMMAND [CONFIG.toml] [OPTIONS]
@@ -63,6 +64,7 @@ commands
   convert IN OUT   a model folder in another dtype or other shards
   inspect PATH     what a model folder or checkpoint holds, tensor by tensor, and what is wrong with it
   audit TARGET     whether a trainer, yours or another, adds up every micro-batch; names those it does not
+  bench            what a step costs as the work grows: micro-batches, lengths, groups, parameters, questions
   doctor           what this machine has and lacks
 
 Every field of the config is an option:
@@ -383,6 +385,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "convert": command_convert,
     "inspect": command_inspect,
     "audit": command_audit,
+    "bench": command_bench,
     "doctor": command_doctor,
 }
 

@@ -210,6 +210,18 @@ class InspectOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchOptions:
+    """What a step costs as the work grows. A point that was measured with the same code and settings is kept."""
+
+    only: str | None = None  # micro_batches,response_length,group_size,model_size,questions,mixed_lengths; None: all
+    repeats: int = 5  # of each point, after one that compiles
+    tiny: bool = False  # the smallest sizes: to try the command, not to measure
+    json: pathlib.Path = pathlib.Path("docs/growth.json")  # raw figures; the same command goes on from them
+    docs: pathlib.Path | None = pathlib.Path("docs/benchmarks.md")  # page whose tables are written, the plot beside it
+    redraw: Annotated[pathlib.Path | None, tyro.conf.arg(name="from")] = None  # raw figures to draw again, and no more
+
+
+@dataclasses.dataclass(frozen=True)
 class DoctorOptions:
     """What this machine has and lacks. Status 1 where training cannot run."""
 

@@ -80,6 +80,7 @@ OPTION_OF = {  # of the commands that take no config
     "export": "--checkpoint",
     "convert": "--shard-gb",
     "inspect": "--all",
+    "bench": "--only",
 }
 
 

@@ -18,7 +18,7 @@ RUNGS = {
     4: {"train", "eval"},
 }
 RUNG_OF = {name: rung for rung, names in RUNGS.items() for name in names}
-TOP_PACKAGES = {"audit", "build", "compare", "plan", "upge"}
+TOP_PACKAGES = {"audit", "bench", "build", "compare", "plan", "upge"}
 TOP = 5  # cli, build, config, compare and whatever else stands at the package's top; siblings here do meet
 WITHOUT_JAX = {"records", "rewards", "tasks", "verify"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}
