@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 
 from hptjax.verify import hpt_rules, nodes
-from hptjax.verify.grade import grade, grades, question_of
+from hptjax.verify.grade import canonical, grade, grades, question_of
 from hptjax.verify.last_route import is_equal
 from hptjax.verify.parse import NotRead, read, readings
 from hptjax.verify.policy import LENIENT, STRICT
@@ -172,6 +172,24 @@ C | (C)\ 12 | lenient
 10_2 | 10_{2} | both
 10_2 | 2 | none
 \infty | -\infty | none
+5 | \approx 5 | lenient
+5 | x \approx 5 | lenient
+5 | ≈5 | lenient
+2\sqrt{3} | 2\sqrt{3} \approx 3.46 | both
+2\sqrt{3} | x = 2\sqrt{3} \approx 3.46 | both
+2\sqrt{3} | 3.46 \approx 2\sqrt{3} | lenient
+3.46 | 2\sqrt{3} \approx 3.46 | lenient
+5 | 5 \approx 7 | none
+5 | 6 \approx 6.1 | none
+\approx 3.14 | 3.14 | both
+\approx 3.14 | \approx 3.15 | none
+\pi \approx 3.14 | \pi | both
+\pi \approx 3.14 | 3.14 | lenient
+\pm\sqrt{2} | \pm\sqrt{2} \approx \pm 1.41 | both
+x=1, y=2\sqrt{3} | x=1, y=2\sqrt{3}\approx 3.46 | both
+100,200 | 100200 | both
+100,200 | 100, 200 | both
+100, 200 | 100200 | none
 1 | 1E+1000000 | none
 """
 ROWS = [tuple(cell.strip() for cell in line.rsplit(" | ", 2)) for line in PAIRS.strip().splitlines()]
@@ -210,6 +228,17 @@ def test_answers_go_to_math_verify_last(gold, answer, equal):
     both = grade(f"\\boxed{{{answer}}}", question, STRICT, lambda one, other, loose: is_equal(one, other, loose=loose))
     assert (ours.correct, both.correct) == (False, equal)
     assert both.reason == ("math_verify" if equal else "none")
+
+
+def test_answers_with_two_signs_inside_a_root_are_left_to_math_verify():
+    question = question_of({"answer": r"\sqrt{\pm 5}"})
+    for answer, last, correct in (
+        (r"\sqrt{\pm 6}", None, False),
+        (r"\sqrt{\pm 5}", None, True),
+        (r"1+\sqrt{\pm 6}", True, True),
+    ):
+        said = grade(f"\\boxed{{{answer}}}", question, STRICT, lambda *_, last=last: last)
+        assert said.correct == correct, answer
 
 
 @pytest.mark.parametrize(
@@ -251,6 +280,17 @@ def test_answers_read_signs_of_unicode():
         assert read(text) == read(same)
 
 
+def test_answers_do_not_see_characters_that_show_nothing():
+    for sign in "\u200b\ufeff\u2060\u200e\u00ad\u2062\ufe0f":
+        question = question_of({"answer": f"{sign}1{sign}2"})
+        assert question.golds == ("12",)
+        strict, lenient = grades(f"so \\boxed{sign}{{{sign}1{sign}2}}{sign}", question)
+        assert (strict.correct, strict.extracted, lenient.correct) == (True, "12", True), hex(ord(sign))
+        assert grade(f"Answer:{sign} {sign}B", question_of({"answer": "B", "how": "choice"}), STRICT).correct
+        assert grade(f"\\boxed{{{sign}}}", question, LENIENT).status == "no_answer"
+    assert not grade("\\boxed{1\u00a02}", question_of({"answer": "12"}), STRICT).correct  # a space is seen
+
+
 def test_answers_any_of_several_golds_counts():
     question = question_of({"answer": [r"\frac{1}{3}", "0.33"]})
     for text in (r"\boxed{\frac{1}{3}}", r"\boxed{0.33}"):
@@ -284,6 +324,7 @@ def test_answers_status_says_what_was_missing():
 def test_answers_extracted_and_canonical_are_kept():
     found = grade(r"\boxed{\dfrac{2}{4}}", question_of({"answer": "0.5"}), LENIENT)
     assert (found.extracted, found.canonical, found.reason) == (r"\dfrac{2}{4}", "1/2", "symbolic")
+    assert [canonical(text) for text in (r"\approx 0.50", r"\frac{1}{2}\approx 0.5")] == ["1/2"] * 2
     long = grade("\\boxed{" + "9" * 5000 + "}", question_of({"answer": "0.5"}), LENIENT)
     assert long.extracted is not None
     assert len(long.extracted) == 256

@@ -5,11 +5,12 @@ Shapes are compared here (lists, sets, intervals, relations, units); the express
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from hptjax.verify import nodes
-from hptjax.verify.equal import equal_expressions, is_written_out, rounds_to
+from hptjax.verify.equal import close, equal_expressions, is_written_out, rounds_to
 from hptjax.verify.nodes import Node
 from hptjax.verify.policy import Policy
 from hptjax.verify.relations import equal_relations, interval_of, is_interval, means_interval, named_value
@@ -24,6 +25,8 @@ def same_answer(gold: Node, answer: Node, policy: Policy) -> bool | None:
 
     The two are not exchangeable: the gold answer decides what form is asked for, and which of two meanings is meant.
     """
+    if isinstance(gold, nodes.About) or isinstance(answer, nodes.About):
+        return _same_about(gold, answer, policy)
     gold, answer = spread(gold), spread(answer)
     if isinstance(gold, nodes.Words) or isinstance(answer, nodes.Words):
         return gold == answer
@@ -43,7 +46,7 @@ def same_answer(gold: Node, answer: Node, policy: Policy) -> bool | None:
 def reason_for(gold: Node, answer: Node) -> str:
     """The name of the route by which two answers of these shapes are equal."""
     shapes = (nodes.Items, nodes.Union, nodes.Matrix)
-    inner = [named_value(node) or node if isinstance(node, nodes.Relation) else node for node in (gold, answer)]
+    inner = [_unnamed(node) for node in (gold, answer)]
     if any(isinstance(node, shapes) for node in inner):
         return "set"
     values = [node.value if isinstance(node, nodes.Quantity) else node for node in inner]
@@ -51,7 +54,7 @@ def reason_for(gold: Node, answer: Node) -> str:
 
 
 def spread(node: Node) -> Node:
-    """A plus-minus sign as a list of the two values; anything else as it is."""
+    """A plus-minus sign as a list of the two values; anything else, and one that a root holds, as it is."""
     if not any(isinstance(part, nodes.PlusMinus) for part in nodes.walk(node)):
         return node
     if isinstance(node, nodes.Items) and node.brackets in (*BARE, "{}"):
@@ -60,7 +63,10 @@ def spread(node: Node) -> Node:
         for item in spread_items:
             flat += item.items if isinstance(item, nodes.Items) and item.brackets in BARE else (item,)
         return nodes.Items(node.brackets, tuple(flat))
-    return nodes.Items("", (_signed(node, 1), _signed(node, -1)))
+    upper, lower = _signed(node, 1), _signed(node, -1)
+    if any(isinstance(part, nodes.PlusMinus) for part in nodes.walk(upper)):
+        return node
+    return nodes.Items("", (upper, lower))
 
 
 def _signed(node: Node, sign: int) -> Node:
@@ -84,6 +90,8 @@ def _signed(node: Node, sign: int) -> Node:
             return nodes.Quantity(_signed(value, sign), unit)
         case nodes.Items(brackets=brackets, items=items):
             return nodes.Items(brackets, tuple(_signed(item, sign) for item in items))
+        case nodes.About(exact=exact, near=near):
+            return nodes.About(None if exact is None else _signed(exact, sign), _signed(near, sign))
     return node  # inside a root or a function it stays, and nothing evaluates it
 
 
@@ -91,6 +99,31 @@ def _all(said: Iterable[bool | None]) -> bool | None:
     """False if one is, else None if one is, else True."""
     answers = list(said)
     return False if False in answers else None if None in answers else True
+
+
+def _any(said: Iterable[bool | None]) -> bool | None:
+    """True if one is, else None if one is, else False."""
+    answers = list(said)
+    return True if True in answers else None if None in answers else False
+
+
+def _same_about(gold: Node, answer: Node, policy: Policy) -> bool | None:
+    r"""An answer with \approx: what stands before it for the strict, either side for the lenient, if the two are near.
+
+    A gold answer that says no more than "about 3.14" asks for 3.14.
+    """
+    if isinstance(answer, nodes.About) and answer.exact is not None and not close(_unnamed(answer.exact), answer.near):
+        return False
+    near = policy.rounding or (isinstance(gold, nodes.About) and gold.exact is None)
+    pairs = itertools.product(_meant(gold, near=near), _meant(answer, near=near))
+    return _any(same_answer(one, other, policy) for one, other in pairs)
+
+
+def _meant(node: Node, *, near: bool) -> list[Node]:
+    r"""The sides of an \approx that count; any other node as it is."""
+    if not isinstance(node, nodes.About):
+        return [node]
+    return [side for side in (node.exact, node.near if near else None) if side is not None]
 
 
 def _same_expression(gold: Node, answer: Node, policy: Policy) -> bool | None:
@@ -112,8 +145,7 @@ def _same_quantity(gold: Node, answer: Node, policy: Policy) -> bool | None:
     for unit_of, found in ((gold_unit, golds), (unit, values)):
         if unit_of == "%" and isinstance(found[0], nodes.EXPRESSIONS):
             found.append(nodes.Div(found[0], nodes.Number(Fraction(100))))
-    said = [same_answer(one, other, policy) for one in golds for other in values]
-    return True if True in said else None if None in said else False
+    return _any(same_answer(one, other, policy) for one in golds for other in values)
 
 
 def _with_unit(node: Node, other: Node) -> tuple[Node, str]:
@@ -216,7 +248,7 @@ def _same_items(gold: Node, answer: Node, policy: Policy) -> bool | None:
     if {one, other} == {"{}", "()"} or {one, other} == {"{}", "[]"}:
         return _any_order(gold.items, answer.items, policy, repeated=False)
     if one in BARE or other in BARE:
-        values = [_unnamed(node.items) for node in (gold, answer)]
+        values = [[_unnamed(item) for item in node.items] for node in (gold, answer)]
         return _in_order(values[0], values[1], policy)
     return False
 
@@ -235,10 +267,10 @@ def _single_and_items(gold: Node, answer: Node, policy: Policy) -> bool | None:
     return None if isinstance(other, nodes.Name) and other.name in nodes.SETS and pair.brackets not in BARE else False
 
 
-def _unnamed(items: Sequence[Node]) -> list[Node]:
-    """The values of x = 1, y = 2, where every item is one."""
-    values = [named_value(item) if isinstance(item, nodes.Relation) else item for item in items]
-    return [item if value is None else value for value, item in zip(values, items, strict=True)]
+def _unnamed(node: Node) -> Node:
+    """The value of x = 1; any other node as it is."""
+    value = named_value(node)
+    return node if value is None else value
 
 
 def _same_unions(gold: Node, answer: Node, policy: Policy) -> bool | None:

@@ -25,6 +25,7 @@ ENOUGH = 5  # points at which both have a value and agree
 SAME = Decimal(10) ** (15 - DIGITS)  # relative to the largest number added on the way
 DIFFERENT = Decimal(10) ** (20 - DIGITS)  # between the two nothing is said
 CANCELLED = Decimal(10) ** 12  # so much larger than the result were its parts: nothing is said
+NEAR = 20  # values this part of the larger apart, or less, may stand on both sides of an approximation
 MIN_DIGITS = 6  # of a decimal that may stand for a fraction or a root
 
 Value = Fraction | Approximate
@@ -142,6 +143,17 @@ def rounds_to(gold: Node, answer: Node) -> bool:
             return False
         return gap <= Decimal(10) ** -places / 2
     return False
+
+
+def close(exact: Node, near: Node) -> bool:
+    """Whether the second can be called about the first: within a twentieth; nothing is said of what has no value."""
+    left, right = value_at(exact, {}), value_at(near, {})
+    if left is None or right is None:
+        return True
+    with precise(), contextlib.suppress(ArithmeticError):
+        first, second = _approximate(left).value, _approximate(right).value
+        return (first - second).size() <= max(first.size(), second.size()) / NEAR
+    return True
 
 
 def _places(node: Node) -> int:

@@ -14,6 +14,7 @@ NEAR_END = 4000  # characters at the end of a text that the lenient phrases are 
 MAX_UNWRAPPED = 16  # boxes directly inside boxes
 
 _OPEN, _CLOSE = "<think>", "</think>"
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe00-\ufe0f\ufeff]")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{|\\[\\{}]|[{}]")
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}([^\s{}$\\,.;]{1,64})")
 _WHOLE_BOX = re.compile(r"\s*\\(?:boxed|fbox)\s{0,8}\{")
@@ -39,8 +40,13 @@ class Box(NamedTuple):
     end: int
 
 
+def visible(text: str) -> str:
+    """The text without characters that show nothing: of no width, joiners, marks of direction, a soft hyphen."""
+    return text if text.isascii() else _INVISIBLE.sub("", text)
+
+
 def after_thinking(text: str, thinking: bool | None = None) -> str | None:
-    """The text after the last closing think tag; None where thinking was not ended.
+    """What can be seen of the text after the last closing think tag; None where thinking was not ended.
 
     Args
       thinking: True: the completion starts inside a think section (the prompt opened it), so a text without a closing
@@ -53,7 +59,7 @@ def after_thinking(text: str, thinking: bool | None = None) -> str | None:
     tail = text[end + len(_CLOSE) :] if end >= 0 else text
     if _OPEN in tail or (thinking and end < 0):
         return None
-    return tail
+    return visible(tail)
 
 
 def boxes(text: str) -> tuple[list[Box], int]:

@@ -20,7 +20,7 @@ from hptjax.verify import nodes
 from hptjax.verify.compare import reason_for, same_answer
 from hptjax.verify.equal import is_written_out
 from hptjax.verify.evaluate import NotExact, Undefined, exact
-from hptjax.verify.extract import How, after_thinking, answer_anywhere, answer_of, last_boxes, unwrapped
+from hptjax.verify.extract import How, after_thinking, answer_anywhere, answer_of, last_boxes, unwrapped, visible
 from hptjax.verify.parse import MAX_CHARACTERS, MAX_GOLD_CHARACTERS, readings
 from hptjax.verify.policy import LENIENT, STRICT, Policy
 from hptjax.verify.scan import cleaned, normal, without_dollars
@@ -123,7 +123,7 @@ def canonical(text: str) -> str:
     """The form in which an answer is compared: a fraction for a number, else one spelling of the text."""
     if len(text) > MAX_SPELLED:
         return ""
-    read = readings(text)
+    read = [node.exact or node.near if isinstance(node, nodes.About) else node for node in readings(text)]
     if read and isinstance(read[0], nodes.EXPRESSIONS) and not nodes.variables(read[0]):
         try:
             return str(exact(read[0], {}))
@@ -133,7 +133,8 @@ def canonical(text: str) -> str:
 
 
 def _gold_text(gold: str) -> str:
-    """A gold answer without a solution before it (GSM8K's ####) and without boxes around it."""
+    """A gold answer without a solution before it (GSM8K's ####), without boxes around it, as it can be seen."""
+    gold = visible(gold)
     if "####" in gold:
         gold = answer_of(gold, "hash4") or gold
     if "\\boxed" in gold or "\\fbox" in gold:

@@ -123,6 +123,14 @@ class Relation:
 
 
 @dataclasses.dataclass(frozen=True)
+class About:
+    r"""`exact \approx near`. `exact` is None where nothing stands before the sign, or a name alone."""
+
+    exact: Node | None
+    near: Node
+
+
+@dataclasses.dataclass(frozen=True)
 class Matrix:
     rows: tuple[tuple[Node, ...], ...]
 
@@ -151,6 +159,7 @@ Node = (
     | Items
     | Union
     | Relation
+    | About
     | Matrix
     | Words
 )
@@ -178,10 +187,10 @@ def children(node: Node) -> Iterator[Node]:
             yield from inside
             if parameter is not None:
                 yield parameter
-        case PlusMinus(left=left, right=right):
-            if left is not None:
-                yield left
-            yield right
+        case PlusMinus(left=first, right=second) | About(exact=first, near=second):
+            if first is not None:
+                yield first
+            yield second
         case Matrix(rows=rows):
             for row in rows:
                 yield from row

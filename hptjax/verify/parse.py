@@ -87,7 +87,22 @@ class _Reader(Expressions):
         return tuple(found), separators
 
     def statement(self, top: bool) -> Node:
-        """A side, or a chain of relations; words alone are an answer too."""
+        """A side or a chain of relations, and after it what that is about; words alone are an answer too."""
+        exact = None if self.at_about() else self.relation(top)
+        near = None
+        while self.at_about():
+            self.place += 1
+            near = self.side(top)
+        if near is None:
+            assert exact is not None
+            return exact
+        named = isinstance(exact, nodes.Name) and exact.name not in nodes.CONSTANTS
+        return nodes.About(None if named else exact, near)
+
+    def at_about(self) -> bool:
+        return self.peek().kind == "command" and self.peek().text == "approx"
+
+    def relation(self, top: bool) -> Node:
         sides, operators = [self.side(top)], []
         while (token := self.peek()).kind in ("sign", "command") and token.text in _RELATIONS:
             self.place += 1

@@ -15,7 +15,8 @@ PLAIN_COMMANDS = {"sqrt": "sqrt", "pi": "pi", "infinity": "infty", "inf": "infty
 
 UNICODE = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ", "°": r"^\circ ",
+    "≈": r"\approx ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ",
+    "°": r"^\circ ",
     "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "ℝ": r"\mathbb{R}",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\varphi ",
     "²": "^2", "³": "^3", "⁴": "^4", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
@@ -30,5 +31,5 @@ COMMANDS = {
     "cdot": "*", "times": "*", "div": "/",
     "land": "and", "lor": "or", "varnothing": "emptyset", "to": "to", "rightarrow": "to", "lbrace": "{", "rbrace": "}",
     "lbrack": "[", "rbrack": "]", "lvert": "|", "rvert": "|", "vert": "|", "colon": ":", "imath": "i", "degree": "circ",
-    "arccot": "arccot", "tg": "tan", "ctg": "cot", "arctg": "arctan", "infin": "infty",
+    "arccot": "arccot", "tg": "tan", "ctg": "cot", "arctg": "arctan", "infin": "infty", "approxeq": "approx",
 }  # fmt: skip
