@@ -144,6 +144,25 @@ def test_rows_of_csv_are_texts_as_written_and_only_bad_lines_are_lost(tmp_path):
             rows_of(tmp_path / name)
 
 
+def test_rows_of_csv_in_a_folder_are_texts_as_written(tmp_path):
+    answers = ["007", "12345678901234567890123", "0.12345678901234567890", "None", "NA", "True", "1e5", ""]
+    lines = [f'"{place}, then?",{answer}' for place, answer in enumerate(answers)]
+    wanted = [{"problem": f"{place}, then?", "answer": answer or None} for place, answer in enumerate(answers)]
+    for folder, name in (("one", "a.csv"), ("several", "test.csv"), ("several", "train.csv")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_text("\ufeffproblem,answer\r\n" + "\r\n".join(lines), encoding="utf-8")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "one" / "a.csv").read_bytes()))
+    for name in ("one", "packed", "several@test", "one/a.csv"):
+        assert rows_of(tmp_path / name) == wanted, name
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.csv").write_text("problem,answer\n")
+    assert rows_of(tmp_path / "none") == []
+    (tmp_path / "none" / "a.csv").write_text("problem,answer\nq,1\nq,1,2\n")
+    with pytest.raises(ValueError, match="none"):
+        rows_of(tmp_path / "none")
+
+
 def test_rows_of_empty_files_are_none_and_no_name_is_no_file(tmp_path, monkeypatch):
     empty = pa.table({"problem": pa.array([], pa.string()), "answer": pa.array([], pa.string())})
     pq.write_table(empty, tmp_path / "a.parquet")

@@ -2,8 +2,8 @@
 
 Parquet, Arrow, folders and the hub are read by `datasets` in streaming mode. JSON Lines and CSV files are read here:
 `datasets` refuses a whole file for one bad line, and what is bad is to be counted; and of a table in text it makes
-numbers, which rounds long ones and loses an answer such as None. No code of a data set is ever run: `datasets` knows no
-loading scripts since version 4.
+numbers, which rounds long ones and loses an answer such as None. Of CSV files in a folder or on the hub it is told that
+every column is text. No code of a data set is ever run: `datasets` knows no loading scripts since version 4.
 """
 
 from __future__ import annotations
@@ -167,10 +167,8 @@ def _checked(row: Mapping[str, Any]) -> Mapping[str, Any] | Unreadable:
 
 def _set_rows(name: str, path: str, config: str | None, split: str | None) -> Iterator[Mapping[str, Any] | Unreadable]:
     """A folder or a data set of the hub: its only split, or the one that is named."""
-    if Path(path, "state.json").is_file() or Path(path, "dataset_dict.json").is_file():
-        found = _loaded_from_disk(path)
-    else:
-        found = _streamed(name, path, name=config)
+    saved = Path(path, "state.json").is_file() or Path(path, "dataset_dict.json").is_file()
+    found = _loaded_from_disk(path) if saved else _streamed(name, path, name=config)
     if not hasattr(found, "keys"):
         return _table_rows(name, found)
     if split is None and len(found) == 1:
@@ -180,7 +178,21 @@ def _set_rows(name: str, path: str, config: str | None, split: str | None) -> It
             f"expected one of the splits {sorted(found)} of '{name}', got {'none' if split is None else split!r}; "
             f"name it, as in '{path}{f':{config}' if config else ''}@{min(found)}'"
         )
+    if not saved and found[split].info.builder_name == "csv":
+        return _table_rows(name, _as_texts(name, path, config, split, found[split]))
     return _table_rows(name, found[split])
+
+
+def _as_texts(shown: str, path: str, config: str | None, split: str | None, found: Any) -> Any:
+    """A set of CSV files again, every cell a text as it is written; an empty one is None, as in `_csv_row`."""
+    import datasets
+
+    first = next(_table_rows(shown, found.take(1)), None)
+    if not isinstance(first, Mapping):
+        return found
+    texts = datasets.Features({name: datasets.Value("string") for name in first})
+    options = {"name": config, "split": split, "features": texts, "keep_default_na": False, "na_values": [""]}
+    return _streamed(shown, path, **options)
 
 
 def _streamed(shown: str, path: str, **options: Any) -> Any:
