@@ -88,6 +88,10 @@ def check(config: Config, *, sized_only: bool = False) -> None:
         evaluation_problems(config),
         compare_problems(config),
     )
+    _refuse_first(problems)
+
+
+def _refuse_first(problems: Iterator[Problem]) -> None:
     problem = next(problems, None)
     if problem is not None:
         expected, got, change = problem

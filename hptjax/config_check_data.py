@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 from hptjax.config import Config, flatten, resolved
 from hptjax.config_batch import steps_of
+from hptjax.config_data import PromptConfig
 from hptjax.config_methods import learns_from_rollouts
 from hptjax.config_problem import Problem
+from hptjax.config_rollout import RewardConfig
 from hptjax.config_server import server_problems
 
 
@@ -34,7 +36,7 @@ def task_problems(config: Config) -> Iterator[Problem]:
 
 def data_problems(config: Config) -> Iterator[Problem]:
     """What is wrong with `[data]` and `[prompt]`."""
-    data, prompt = config.data, config.prompt
+    data = config.data
     shares = flatten(resolved(config)["data"]["fractions"])
     if min(shares.values()) < 0 or sum(shares.values()) > 1 + 1e-9:
         yield "data.fractions of at least 0 that sum to at most 1", f"{shares}", "data.fractions"
@@ -54,6 +56,11 @@ def data_problems(config: Config) -> Iterator[Problem]:
             f"data.train_questions {data.train_questions} for {largest} per step",
             "data.train_questions or data.questions_per_step",
         )
+    yield from prompt_problems(config.prompt)
+
+
+def prompt_problems(prompt: PromptConfig) -> Iterator[Problem]:
+    """What is wrong with `[prompt]`."""
     if "{question}" not in prompt.plain:
         yield "prompt.plain to hold {question}", repr(prompt.plain), "prompt.plain"
     if not _is_day(prompt.date):
@@ -111,7 +118,12 @@ def rollout_problems(config: Config) -> Iterator[Problem]:
     )
     if config.eval.top_p > 1:
         yield "eval.top_p in (0, 1]", f"{config.eval.top_p}", "eval.top_p"
-    functions = config.reward.functions
+    yield from reward_problems(config.reward)
+
+
+def reward_problems(reward: RewardConfig) -> Iterator[Problem]:
+    """What is wrong with `[reward]`."""
+    functions = reward.functions
     names = [function.name for function in functions]
     if not functions or len(set(names)) != len(names):
         yield "one or more reward functions with distinct names", f"{names}", "reward.functions"
