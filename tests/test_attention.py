@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hptjax.build.attention import build_attention, choose_attention
 from hptjax.config import MeshConfig
 from hptjax.config_batch import SHORT_ROW_TOKENS
-from hptjax.models.attention import attention_step, attention_step_in_blocks, reference_attention
+from hptjax.models.attention import reference_attention
+from hptjax.models.attention_cache import attention_step, attention_step_in_blocks
 from hptjax.models.attention_chunked import chunked_attention, chunked_part
 from hptjax.models.attention_kernels import splash_kernel, splash_part
 from hptjax.models.decoder import decode_step, forward, prefill

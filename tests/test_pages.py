@@ -18,7 +18,7 @@ import pytest
 from hypothesis import strategies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hptjax.models.attention import attention_step_in_blocks, attention_step_in_pages
+from hptjax.models.attention_cache import attention_step_in_blocks, attention_step_in_pages
 from hptjax.rollout import running as running_module
 from hptjax.rollout.admission import plan_prefills
 from hptjax.rollout.engine import RolloutShardings, make_engine

@@ -18,7 +18,7 @@ from hptjax.build.policy import build_functions, build_policy
 from hptjax.build.sampler import decode_shape
 from hptjax.config import MeshConfig
 from hptjax.models import decoder
-from hptjax.models.attention import attention_step, attention_step_in_blocks, attention_step_in_pages
+from hptjax.models.attention_cache import attention_step, attention_step_in_blocks, attention_step_in_pages
 from hptjax.models.cache import cache_shapes
 from hptjax.models.layers import product
 from hptjax.models.quantise import MATRICES, quantised, quantised_matrices, with_scales

@@ -19,7 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from hptjax.models.attention import MASKED_SCORE, SAVED, Attend
+from hptjax.models.attention import MASKED_SCORE, SAVED, Attend, grouped
 from hptjax.types import Array
 
 
@@ -51,9 +51,8 @@ def chunked_part(
     A query that may see nothing gets 0. Gradient flows through query, key and value.
     """
     batch, length, num_heads, head_dim = query.shape
-    num_kv_heads = key.shape[2]
     query_block, key_block = min(block, length), min(block, key.shape[1])
-    scaled = (query * head_dim**-0.5).reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scaled = grouped(query, key.shape[2])
     query_blocks, key_blocks = -(-length // query_block), -(-key.shape[1] // key_block)
     pairs = np.stack(np.meshgrid(np.arange(query_blocks), np.arange(key_blocks), indexing="ij"), -1).reshape(-1, 2)
     if isinstance(first_query, int):

@@ -46,7 +46,7 @@ def as_kept(key: Float[Array, "... K E"], value: Float[Array, "... K E"], int8: 
 
 
 def step_arguments(cache: Cache) -> dict[str, Any]:
-    """A cache, or one layer of it, as the steps of `models/attention.py` take it."""
+    """A cache, or one layer of it, as the steps of `models/attention_cache.py` take it."""
     scales = (cache.key_scales, cache.value_scales)
     return {"cached_keys": cache.keys, "cached_values": cache.values, "scales": scales}
 

@@ -21,13 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from hptjax.models.attention import (
-    PackedAttention,
-    attention_step,
-    attention_step_in_blocks,
-    attention_step_in_pages,
-    reference_attention,
-)
+from hptjax.models.attention import PackedAttention, reference_attention
+from hptjax.models.attention_cache import attention_step, attention_step_in_blocks, attention_step_in_pages
 from hptjax.models.cache import Cache, as_kept, step_arguments, write
 from hptjax.models.layers import Constrain, layer, rms_norm, unconstrained
 from hptjax.models.remat import Remat, rematerialised

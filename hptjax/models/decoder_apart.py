@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from hptjax.models.attention import PackedAttention, attention_by_heads, reference_attention
+from hptjax.models.attention import PackedAttention, reference_attention
+from hptjax.models.attention_cache import attention_by_heads
 from hptjax.models.cache import Cache
 from hptjax.models.decoder import embed, prefill
 from hptjax.models.layers import Constrain, layer, rms_norm, unconstrained
