@@ -377,15 +377,7 @@ def test_audit_of_adam_does_not_see_the_deepspeed_bug_at_two():
 @pytest.mark.parametrize("target", [bad.right, bad.right_tokens, bad.right_gradients, load("simulated-openrlhf")])
 def test_audit_names_an_injected_drop(target):
     report = audit(target, inject_drop=True)
-    assert {k: named(report, "dropped", k) for k in COUNTS} == {
-        1: (),
-        2: (),
-        3: (1,),
-        4: (2,),
-        5: (2,),
-        7: (3,),
-        16: (8,),
-    }
+    assert {k: named(report, "dropped", k) for k in COUNTS} == BLANKED
 
 
 def test_audit_of_an_own_optimizer_sees_an_injected_drop():
@@ -423,15 +415,7 @@ def test_audit_of_jax_trainers(name):
 @pytest.mark.parametrize("name", JAX_TARGETS)
 def test_audit_of_jax_trainers_names_an_injected_drop(name):
     report = report_of(name, inject_drop=True)
-    assert {k: named(report, "dropped", k) for k in COUNTS} == {
-        1: (),
-        2: (),
-        3: (1,),
-        4: (2,),
-        5: (2,),
-        7: (3,),
-        16: (8,),
-    }
+    assert {k: named(report, "dropped", k) for k in COUNTS} == BLANKED
 
 
 def test_audit_of_hptjax_skips_the_window_with_a_nan():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -20,10 +19,8 @@ import pytest
 
 import hptjax.build.run as build_run
 import hptjax.train.loop as loop
-from hptjax.build.evaluation import build_evaluator
 from hptjax.build.parts import fingerprint, open_parts
 from hptjax.build.stages import build_stages
-from hptjax.data.stream import QuestionStream
 from hptjax.train.checkpoint import open_checkpoints
 from tests import tiny
 
@@ -34,33 +31,12 @@ class Killed(BaseException):
     """Stands for `kill -9` inside one process: nothing of the product catches it."""
 
 
-@functools.cache
-def opened(folder):
-    """The parts and stages of the tiny off-policy run, made once for this file: every run below is the same program."""
-    stack = contextlib.ExitStack()
-    parts = stack.enter_context(open_parts(tiny.as_off_policy(tiny.tiny_config(folder))))
-    return stack, parts, build_stages(parts.config, parts.policy, parts.questions.train)
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """`train(config)` in this process with the compiled functions of `opened`; each run gets streams of its own."""
-    folder = tmp_path_factory.mktemp("shared")
-    stack, parts, stages = opened(folder)
-
-    @contextlib.contextmanager
-    def same_parts(config):
-        judge = tiny.hash_judge(config, None, parts.policy.tokenizer, None)
-        evaluator = build_evaluator(config, parts.policy, parts.questions, judge, jax.random.key(1))
-        yield dataclasses.replace(parts, config=config, judge=judge, evaluator=evaluator)
-
-    def same_stages(config, policy, questions):
-        return [dataclasses.replace(s, stream=QuestionStream(questions, questions_per_step=6, seed=0)) for s in stages]
-
-    with pytest.MonkeyPatch.context() as patch, stack:
-        patch.setattr("hptjax.build.run.open_parts", same_parts)
-        patch.setattr("hptjax.build.run.build_stages", same_stages)
-        yield parts.config
+    """The config of the tiny off-policy run: every run below is the same program."""
+    config = tiny.as_off_policy(tiny.tiny_config(tmp_path_factory.mktemp("shared")))
+    with tiny.shared_programs(config):
+        yield config
 
 
 @functools.cache

@@ -19,10 +19,8 @@ import pytest
 import hptjax.build.run as build_run
 import hptjax.train.loop as loop
 from hptjax.build.adapters import Frozen
-from hptjax.build.evaluation import build_evaluator
 from hptjax.build.method import build_recipe
-from hptjax.build.parts import TRAIN_KEY, open_parts
-from hptjax.build.stages import build_stages
+from hptjax.build.parts import TRAIN_KEY
 from hptjax.build.world import _flags, _keeper
 from hptjax.config import StageConfig, changed_fields, resolved
 from hptjax.config_check import check
@@ -43,36 +41,12 @@ from tests.test_resume import Killed, final_state, finish, micro_killer, rows, s
 from tests.test_resume import wait_for_training as wait_for_first_row
 
 
-@contextlib.contextmanager
-def shared_programs(config):
-    """Inside the block every run of this config uses the same compiled programs, with streams of its own."""
-    with open_parts(config) as parts, pytest.MonkeyPatch.context() as patch:
-        stages = build_stages(config, parts.policy, parts.questions.train)
-
-        @contextlib.contextmanager
-        def same_parts(config):
-            judge = tiny.hash_judge(config, None, parts.policy.tokenizer, None)
-            evaluator = build_evaluator(config, parts.policy, parts.questions, judge, jax.random.key(1))
-            yield dataclasses.replace(parts, config=config, judge=judge, evaluator=evaluator)
-
-        def same_stages(config, policy, questions):
-            size = config.data.questions_per_step
-            return [
-                dataclasses.replace(s, stream=QuestionStream(questions, questions_per_step=size, seed=0))
-                for s in stages
-            ]
-
-        patch.setattr("hptjax.build.run.open_parts", same_parts)
-        patch.setattr("hptjax.build.run.build_stages", same_stages)
-        yield parts, stages
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """(config, parts, stages) of the tiny run with two updates per step and rollouts ahead."""
     config = tiny.with_rollouts_ahead(tiny.as_off_policy(tiny.tiny_config(tmp_path_factory.mktemp("ahead"))))
     config = changed(config, eval__train_questions=0)
-    with shared_programs(config) as (parts, stages):
+    with tiny.shared_programs(config) as (parts, stages):
         yield config, parts, stages
 
 
@@ -389,7 +363,7 @@ def test_ahead_step_that_ended_with_a_pass_draws_no_more_after_a_stop(tmp_path, 
         train__eval_every=0,
         eval__train_questions=0,
     )
-    with shared_programs(config):
+    with tiny.shared_programs(config):
         build_run.train(config, quiet=True)
         again = changed(config, runs_dir=str(tmp_path / "again"))
         progress = stop_once(again, monkeypatch, "in the first update")
@@ -404,7 +378,7 @@ def test_ahead_of_two_stages_begins_each_with_its_own_weights(tmp_path):
     stages = (StageConfig(method="sft", steps=2), StageConfig(method="grpo", steps=2))
     config = tiny.with_rollouts_ahead(tiny.tiny_config(tmp_path, method="dr_grpo", stages=stages))
     config = changed(config, train__steps=2, train__eval_every=0, eval__train_questions=0)
-    with shared_programs(config):
+    with tiny.shared_programs(config):
         build_run.train(config, quiet=True)
     steps = [row for row in rows(config, "metrics.jsonl") if "witness/ok" in row]
     assert [row.get("rollout/staleness") for row in steps] == [None, None, 0, 1, 0, 1]

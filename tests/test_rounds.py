@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
 import hptjax.build.run as build_run
 import hptjax.train.loop as loop
-from hptjax.build.evaluation import build_evaluator
-from hptjax.build.parts import open_parts
-from hptjax.build.stages import build_stages
 from hptjax.config_methods import MicroGroupRow
-from hptjax.data.stream import QuestionStream
 from hptjax.records import Source
 from hptjax.train.open_step import from_json, to_json
 from tests import tiny
@@ -27,7 +21,7 @@ GROUPS = (MicroGroupRow(2, 0.0, 0.0), MicroGroupRow(1, 0.5, 0.9), MicroGroupRow(
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """The config of a TRAPO run of two steps whose rounds take several waves; `train` runs it with shared programs."""
+    """The config of a TRAPO run of two steps whose rounds take several waves, which share their programs."""
     config = tiny.tiny_config(tmp_path_factory.mktemp("rounds"), method="trapo")
     config = dataclasses.replace(
         config,
@@ -36,21 +30,7 @@ def shared(tmp_path_factory):
         train=dataclasses.replace(config.train, steps=2, eval_every=0),
         eval=dataclasses.replace(config.eval, train_questions=0),
     )
-    with open_parts(config) as parts, pytest.MonkeyPatch.context() as patch:
-        stages = build_stages(config, parts.policy, parts.questions.train)
-
-        @contextlib.contextmanager
-        def same_parts(config):
-            judge = tiny.hash_judge(config, None, parts.policy.tokenizer, None)
-            evaluator = build_evaluator(config, parts.policy, parts.questions, judge, jax.random.key(1))
-            yield dataclasses.replace(parts, config=config, judge=judge, evaluator=evaluator)
-
-        def same_stages(config, policy, questions):
-            stream = QuestionStream(questions, questions_per_step=6, seed=0)
-            return [dataclasses.replace(stage, stream=stream) for stage in stages]
-
-        patch.setattr("hptjax.build.run.open_parts", same_parts)
-        patch.setattr("hptjax.build.run.build_stages", same_stages)
+    with tiny.shared_programs(config):
         yield config
 
 

@@ -14,10 +14,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import jax
 
 import hptjax.build.parts as build_parts
 import hptjax.build.run as build_run
 from hptjax.build.data import build_task
+from hptjax.build.evaluation import build_evaluator
 from hptjax.config import (
     BatchConfig,
     CheckpointConfig,
@@ -33,7 +37,9 @@ from hptjax.config import (
 )
 from hptjax.config_model import ShapeConfig
 from hptjax.data import tokenizer as text
+from hptjax.data.stream import QuestionStream
 from hptjax.records import Verdict
+from hptjax.train.stage import Stage
 
 SYMBOLS = "0123456789+-*/=,:"
 
@@ -97,6 +103,29 @@ def train(config: Config) -> dict[str, Any]:
     """The product's own `train`, with the hash for a verifier."""
     with hashed():
         return build_run.train(config, quiet=True)
+
+
+@contextlib.contextmanager
+def shared_programs(config: Config) -> Iterator[tuple[build_parts.Parts, list[Stage]]]:
+    """Inside the block every run of this config, in any folder, has these compiled programs, and streams of its own."""
+    with build_parts.open_parts(config) as parts:
+        stages = build_run.build_stages(config, parts.policy, parts.questions.train)
+
+        @contextlib.contextmanager
+        def same_parts(config: Config) -> Iterator[build_parts.Parts]:
+            judge = hash_judge(config, None, parts.policy.tokenizer, None)
+            evaluator = build_evaluator(config, parts.policy, parts.questions, judge, jax.random.key(1))
+            yield dataclasses.replace(parts, config=config, judge=judge, evaluator=evaluator)
+
+        def same_stages(config: Config, policy: Any, questions: Any) -> list[Stage]:
+            size = config.data.questions_per_step
+            return [
+                dataclasses.replace(s, stream=QuestionStream(questions, questions_per_step=size, seed=0))
+                for s in stages
+            ]
+
+        with mock.patch.multiple(build_run, open_parts=same_parts, build_stages=same_stages):
+            yield parts, stages
 
 
 def as_off_policy(config: Config) -> Config:

@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 
 from hptjax.errors import SamplingFailed
-from hptjax.records import FinishReason, Request, Sample, Source
+from hptjax.records import Request, Sample
 from hptjax.rollout.engine import never
 from hptjax.rollout.post import Attempts, Refused, attempted
-from hptjax.rollout.requests import needs_sampling
+from hptjax.rollout.requests import needs_sampling, sample_of
 from hptjax.sharding.agree import from_first
 from hptjax.sharding.peers import is_first
 from hptjax.types import Params
@@ -86,7 +86,7 @@ def make_sample(
 
         def keep(answers: Sequence[tuple[int, list[int], list[float]]]) -> None:
             done = {
-                place: outside_sample(requests[place], tokens, logprobs, version)
+                place: _sampled(requests[place], tokens, logprobs, version)
                 for place, tokens, logprobs in sorted(answers, key=lambda answer: answer[0])
             }
             samples.update(done)
@@ -113,23 +113,10 @@ def make_sample(
     return sample
 
 
-def outside_sample(request: Request, tokens: Sequence[int], logprobs: Sequence[float], version: str) -> Sample:
-    """The sample of a request and of what a server has sampled for it; the forced prefix carries log-prob 0."""
-    prefix = np.asarray(request.prefix_tokens).astype(np.int32)
-    completion = np.concatenate([prefix, np.asarray(tokens, np.int32)])
-    stopped = len(completion) > 0 and int(completion[-1]) in request.stop_ids
-    return Sample(
-        sample_id=request.sample_id,
-        group_id=request.sample_id.question,
-        source=Source.PREFIX if len(prefix) else Source.ROLLOUT,
-        prompt_tokens=request.prompt_tokens,
-        completion_tokens=completion,
-        sampler_logprobs=np.concatenate([np.zeros(len(prefix), np.float32), np.asarray(logprobs, np.float32)]),
-        finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
-        prefix_len=len(prefix),
-        temperature=request.temperature,
-        decode_shape=f"outside {version}" if needs_sampling(request) else "",
-    )
+def _sampled(request: Request, tokens: Sequence[int], logprobs: Sequence[float], version: str) -> Sample:
+    decode_shape = f"outside {version}" if needs_sampling(request) else ""
+    new_tokens, new_logprobs = np.asarray(tokens, np.int32), np.asarray(logprobs, np.float32)
+    return sample_of(request, new_tokens, new_logprobs, decode_shape=decode_shape)
 
 
 async def _ask_all(

@@ -188,7 +188,7 @@ def _problem(request: Request, shape: DecodeShape) -> str | None:
 def finished_sample(
     request: Request, new_tokens: Int[Array, " n"], new_logprobs: Float[Array, " n"], shape: DecodeShape
 ) -> Sample:
-    """The sample of a request and of what was sampled for it; the forced prefix carries log-prob 0.
+    """`sample_of` for what the engine has sampled with these sizes.
 
     Raises FloatingPointError where a log-prob is not finite: the weights or the activations have diverged.
     """
@@ -197,6 +197,18 @@ def finished_sample(
             f"request {request.sample_id}: expected finite sampler log-probs, got {new_logprobs}; the policy has "
             f"diverged: go back to an earlier checkpoint with a lower optimizer.learning_rate"
         )
+    decode_shape = shape.describe(request) if needs_sampling(request) else ""
+    return sample_of(request, new_tokens, new_logprobs, decode_shape=decode_shape)
+
+
+def sample_of(
+    request: Request, new_tokens: Int[Array, " n"], new_logprobs: Float[Array, " n"], *, decode_shape: str
+) -> Sample:
+    """The sample of a request and of what was sampled for it; the forced prefix carries log-prob 0.
+
+    Args
+      decode_shape: what has sampled it; "" where the forced prefix is all of it.
+    """
     prefix = np.asarray(request.prefix_tokens).astype(np.int32)
     completion = np.concatenate([prefix, new_tokens])
     stopped = len(completion) > 0 and int(completion[-1]) in request.stop_ids
@@ -210,5 +222,5 @@ def finished_sample(
         finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
         prefix_len=len(prefix),
         temperature=request.temperature,
-        decode_shape=shape.describe(request) if needs_sampling(request) else "",
+        decode_shape=decode_shape,
     )

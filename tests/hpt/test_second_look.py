@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 
@@ -12,11 +11,7 @@ import pytest
 
 import hptjax.build.run as build_run
 import hptjax.train.loop as loop
-from hptjax.build.evaluation import build_evaluator
-from hptjax.build.parts import open_parts
-from hptjax.build.stages import build_stages
 from hptjax.config_check import check
-from hptjax.data.stream import QuestionStream
 from hptjax.hpt.assemble import assemble
 from hptjax.hpt.control import entropy_control
 from hptjax.hpt.refine import ScoredUpdate, in_turn, mean_one, scored_update, top_entropy
@@ -201,23 +196,7 @@ def everything(tmp_path_factory):
         eval=dataclasses.replace(config.eval, train_questions=0),
     )
     check(config)
-    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        parts = stack.enter_context(open_parts(config))
-        stages = build_stages(config, parts.policy, parts.questions.train)
-
-        @contextlib.contextmanager
-        def same_parts(config):
-            judge = tiny.hash_judge(config, None, parts.policy.tokenizer, None)
-            evaluator = build_evaluator(config, parts.policy, parts.questions, judge, jax.random.key(1))
-            yield dataclasses.replace(parts, config=config, judge=judge, evaluator=evaluator)
-
-        def same_stages(config, policy, questions):
-            return [
-                dataclasses.replace(s, stream=QuestionStream(questions, questions_per_step=6, seed=0)) for s in stages
-            ]
-
-        patch.setattr("hptjax.build.run.open_parts", same_parts)
-        patch.setattr("hptjax.build.run.build_stages", same_stages)
+    with tiny.shared_programs(config) as (_, stages):
         yield config, stages
 
 
