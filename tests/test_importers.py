@@ -19,8 +19,8 @@ from hptjax.build.files import FORMATS, choose_importer
 from hptjax.data import importers
 from hptjax.data.identity import canonical_text, content_ids
 from hptjax.data.imported import read_examples
-from hptjax.data.importers import ROW_REASONS
 from hptjax.data.prepare import DROP_REASONS
+from hptjax.data.row_fields import ROW_REASONS
 from hptjax.data.rows import Unreadable, open_rows
 from hptjax.records import Example
 from tests.openr1 import parquet, verl_row

@@ -18,7 +18,7 @@ from hptjax.build.adapters import as_used, with_frozen
 from hptjax.build.export import export_run
 from hptjax.build.frozen import add_frozen, make_score
 from hptjax.build.policy import build_policy
-from hptjax.build.stages import build_step
+from hptjax.build.step import build_step
 from hptjax.config import StageConfig
 from hptjax.config_check import check
 from hptjax.config_lora import LoraConfig

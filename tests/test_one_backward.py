@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from hptjax.build.policy import build_policy
-from hptjax.build.stages import build_step
+from hptjax.build.step import build_step
 from hptjax.config import StageConfig
 from hptjax.train.step import make_named_gradients
 from tests import tiny

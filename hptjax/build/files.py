@@ -11,7 +11,8 @@ from hptjax.config import Config
 from hptjax.data import importers
 from hptjax.data.identity import content_ids
 from hptjax.data.imported import FileCount, read_examples
-from hptjax.data.importers import Importer, Row
+from hptjax.data.importers import Importer
+from hptjax.data.row_fields import Row
 from hptjax.data.split import split_by_canonical, split_position
 from hptjax.records import Example
 

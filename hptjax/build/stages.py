@@ -12,41 +12,27 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from hptjax.build.adapters import BASE, Frozen, with_frozen
+from hptjax.build.adapters import Frozen, with_frozen
 from hptjax.build.data import build_requests
 from hptjax.build.frozen import add_frozen, make_looks, make_score
-from hptjax.build.method import Recipe, build_recipe, stability_mask
+from hptjax.build.method import Recipe
 from hptjax.build.policy import Policy
+from hptjax.build.step import build_step, make_assembler
 from hptjax.config import Config, StageConfig
-from hptjax.config_batch import schedule_of, stage_list
+from hptjax.config_batch import stage_list
 from hptjax.data.stream import QuestionStream
-from hptjax.hpt.assemble import Update, assemble
-from hptjax.hpt.control import Controls
-from hptjax.hpt.route import Routed
 from hptjax.losses.advantages import overlong_penalty
-from hptjax.losses.estimator import Need
 from hptjax.models import value_head
-from hptjax.records import Question, Sample, SampleId
+from hptjax.records import Question, Sample
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import one_at_a_time
 from hptjax.sharding.peers import several
-from hptjax.sharding.rules import replicated
-from hptjax.train.objective import TokenStatsFn, make_losses
-from hptjax.train.optimizer import (
-    HOST_MEMORY,
-    alternating,
-    check_host_memory,
-    in_host_memory,
-    make_optimizer,
-    make_schedule,
-)
 from hptjax.train.second_look import ScorePass, SecondLook
 from hptjax.train.stage import Stage
-from hptjax.train.state import MicroStep, TrainState, init_state, jit_step, placed, state_shardings
-from hptjax.train.step import Losses, make_micro_step, make_named_gradients
+from hptjax.train.state import TrainState, placed
+from hptjax.train.step import Losses, make_named_gradients
 from hptjax.types import MicroBatch, Params
 
-ALL_TRAINED = Frozen()
 STAGE_SEED_STRIDE = 1_000_003  # so that stages of runs with neighbouring seeds do not share an order
 ROUNDS_PER_STAGE = 1 << 16  # more passes over the data than a stage makes, so that rounds of stages never meet
 
@@ -77,7 +63,9 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
     def start(params: Mapping[str, Params], totals: Any) -> TrainState:
         trees = {"policy": params["policy"]}
         if recipe.has_critic:  # another stage's critic goes on, and ends with the last stage that trains it
-            trees["critic"] = params["critic"] if "critic" in params else _critic(policy.config.hidden_size)
+            trees["critic"] = (
+                params["critic"] if "critic" in params else value_head.init_params(policy.config.hidden_size)
+            )
         state = step.fresh(jax.tree.map(jnp.copy, trees))
         state = state if totals is None else dataclasses.replace(state, totals=totals)
         return placed(state, step.places)
@@ -107,7 +95,7 @@ def build_stage(config: Config, stage: StageConfig, policy: Policy, train: Seque
         start=start,
         micro_step=step.micro_step,
         plan=build_requests(config, policy.stop_ids, recipe.method.sampled()),
-        assemble=_assembler(config, recipe),
+        assemble=make_assembler(config, recipe),
         learning_rate=lambda optimizer_step: float(to_host(step.schedule(optimizer_step))),
         score=_score_pass(policy, recipe, scorer),
         second_look=SecondLook(recipe.refine, recipe.control) if recipe.refine or recipe.control else None,
@@ -125,161 +113,6 @@ def _score_pass(policy: Policy, recipe: Recipe, scorer: Callable[[Params, MicroB
         return lambda params, micro_batch: {"rollout_logprobs": scorer(params["policy"], micro_batch)}
     looks = make_looks(policy.token_stats, recipe.looks, value_head.token_values, policy.frozen.policy_of)
     return one_at_a_time(policy.mesh, with_frozen(policy.frozen, looks))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Step:
-    """The train step of a stage, compiled when it is first called; it needs shapes of parameters only.
-
-    Args
-      empty: a micro-batch without samples, on the host. fresh: named parameters -> a state with empty sums.
-      state: the state's shapes. places: where its leaves live, in their order.
-    """
-
-    recipe: Recipe
-    losses: Losses
-    schedule: optax.Schedule
-    empty: MicroBatch
-    fresh: Callable[[Mapping[str, Params]], TrainState]
-    state: TrainState
-    places: list[jax.sharding.Sharding]
-    micro_step: MicroStep
-
-
-def build_step(
-    config: Config,
-    stage: StageConfig,
-    token_stats: Callable[[bool], TokenStatsFn],
-    params: Params,
-    shardings: Any,
-    mesh: Mesh,
-    *,
-    frozen: Frozen = ALL_TRAINED,
-) -> Step:
-    """The step of a stage on a mesh.
-
-    Args
-      params: what is trained, arrays or their shapes; nothing is read of them. shardings: where they live.
-      frozen: of the model, what is not.
-    """
-    recipe = build_recipe(config, stage.method, stage.questions_per_step or config.data.questions_per_step)
-    losses = make_losses(
-        token_stats(Need.ENTROPY in recipe.needs),
-        recipe.token_losses,
-        policy_of=frozen.policy_of,
-        scored=recipe.scores,
-        stability_mask=stability_mask(recipe),
-        value_head=value_head.token_values if recipe.has_critic else None,
-    )
-    schedule = _schedule(config, stage)
-    clips = [config.optimizer.clip_norm, *([config.methods.relift_clip_norm] if recipe.method.apart else [])]
-    optimizers = {"policy": _optimizer(config, schedule, clips)}
-    trees, tree_places = {"policy": params}, {"policy": shardings}
-    if recipe.has_critic:
-        optimizers["critic"] = _optimizer(config, _schedule(config, stage, critic=True), [config.optimizer.clip_norm])
-        norm, place = _final_norm(params, shardings, frozen)
-        trees["critic"] = jax.eval_shape(lambda: _critic(norm.shape[0]))
-        tree_places["critic"] = {"weight": place, "bias": replicated(mesh)}
-    empty = _assembler(config, recipe)([], frozenset()).micro_batches[0]
-    stats = jax.eval_shape(losses, {**frozen.trees, **trees}, empty)[1]
-
-    def fresh(params: Mapping[str, Params]) -> TrainState:
-        return init_state(params, optimizers, stats, config.batch.max_micro_batches)
-
-    state = jax.eval_shape(fresh, trees)
-    memory = HOST_MEMORY if config.optimizer.host_memory else None
-    if memory is not None:
-        device = mesh.devices.flat[0]
-        check_host_memory(device.platform, [memory.kind for memory in device.addressable_memories()])
-    places = state_shardings(state, tree_places, replicated(mesh), optimizer_memory=memory)
-    micro_step = make_micro_step(
-        losses, optimizers, skip_norm=config.optimizer.skip_norm, checksum_every=config.train.checksum_every
-    )
-    return Step(
-        recipe, losses, schedule, empty, fresh, state, places, jit_step(micro_step, places, frozen.trees or None)
-    )
-
-
-def _critic(hidden_size: int) -> Params:
-    """A fresh critic for a policy; its weight is as long as the scale of the final norm, and lives beside it."""
-    return value_head.init_params(hidden_size)
-
-
-def _final_norm(params: Params, shardings: Any, frozen: Frozen) -> tuple[Any, Any]:
-    """The scale of the final norm, trained or not, and where it lives."""
-    if "final_norm" in params:
-        return params["final_norm"], shardings["final_norm"]
-    norm = frozen.trees[BASE]["final_norm"]
-    return norm, norm.sharding
-
-
-def _assembler(config: Config, recipe: Recipe) -> Callable[..., Update]:
-    batch = config.batch
-
-    def assembler(
-        samples: Sequence[Sample],
-        dead: frozenset[SampleId],
-        routed: Routed | None = None,
-        step: int = 0,
-        *,
-        optimizer: int = 0,
-        controls: Controls | None = None,
-    ) -> Update:
-        update = assemble(
-            samples,
-            recipe.terms(step, controls or {}),
-            rows=batch.rows,
-            row_tokens=batch.row_tokens,
-            max_segments=batch.max_segments,
-            max_micro_batches=batch.max_micro_batches,
-            dead=dead,
-            scales=None if routed is None else routed.scales,
-            advantages=None if routed is None else routed.advantages,
-            partition=None if recipe.partition is None else recipe.partition(samples),
-        )
-        fields: dict[str, Any] = {}
-        if recipe.method.apart:
-            fields["optimizer"] = np.asarray(optimizer, np.int32)
-        if recipe.has_critic:
-            fields["rollout_values"] = np.zeros_like(update.micro_batches[0].rollout_logprobs)
-        if not fields:
-            return update
-        return dataclasses.replace(
-            update, micro_batches=tuple(dataclasses.replace(m, **fields) for m in update.micro_batches)
-        )
-
-    return assembler
-
-
-def _schedule(config: Config, stage: StageConfig, *, critic: bool = False) -> optax.Schedule:
-    chosen = schedule_of(config, stage)
-    return make_schedule(
-        chosen.kind,
-        (critic and config.optimizer.critic_learning_rate) or chosen.learning_rate,
-        warmup_steps=chosen.warmup_steps,
-        end_fraction=chosen.end_fraction,
-        decay_steps=chosen.decay_steps,
-    )
-
-
-def _optimizer(
-    config: Config, schedule: optax.Schedule, clip_norms: Sequence[float | None]
-) -> optax.GradientTransformation:
-    """One chain per clip norm; with several, each update says which of them takes it."""
-    optimizer = config.optimizer
-    chains = [
-        make_optimizer(
-            schedule,
-            b1=optimizer.b1,
-            b2=optimizer.b2,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            clip_norm=clip_norm,
-        )
-        for clip_norm in clip_norms
-    ]
-    chain = chains[0] if len(chains) == 1 else alternating(*chains)
-    return in_host_memory(chain) if optimizer.host_memory else chain
 
 
 def _overlong_penalty(config: Config) -> Callable[[Sample], float] | None:

@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
-from hptjax.data.importers import Importer, Row
+from hptjax.data.importers import Importer
+from hptjax.data.row_fields import Row
 from hptjax.data.rows import Unreadable, open_rows
 from hptjax.records import Example
 
@@ -22,7 +23,7 @@ class FileCount:
 
     Args
       name: as the config has it. format: of its rows; None where it has no readable one.
-      rows: all, the unreadable ones too. kept: those with an example. dropped: the others, by `importers.ROW_REASONS`.
+      rows: all, the unreadable ones too. kept: those with an example. dropped: the others, by `row_fields.ROW_REASONS`.
       first: reason -> the number of the first such row, from 1; of JSON Lines, empty lines are not counted.
     """
 

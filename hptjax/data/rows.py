@@ -32,7 +32,7 @@ SUFFIX = re.compile(r"(?P<path>.+?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.-]
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """A row that is none, for one of `importers.ROW_REASONS`."""
+    """A row that is none, for one of `row_fields.ROW_REASONS`."""
 
     reason: str
 

@@ -1,6 +1,6 @@
 """The programs of a run, lowered from shapes alone: train step with update, score pass and those of rollouts.
 
-They are the functions that `hptjax train` compiles (`build.policy.build_functions`, `build.stages.build_step`,
+They are the functions that `hptjax train` compiles (`build.policy.build_functions`, `build.step.build_step`,
 `rollout.programs.make_programs`), on a mesh whose devices need not exist.
 """
 
@@ -20,7 +20,7 @@ from hptjax.build.adapters import BASE, Adapters, Frozen, as_used, place_adapter
 from hptjax.build.frozen import make_score
 from hptjax.build.policy import Functions, build_functions
 from hptjax.build.sampler import decode_shape
-from hptjax.build.stages import Step, build_step
+from hptjax.build.step import Step, build_step
 from hptjax.config import Config, StageConfig
 from hptjax.losses.estimator import Need
 from hptjax.model_shape import asked_adapter
