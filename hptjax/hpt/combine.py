@@ -1,7 +1,7 @@
 """Gradients of several objectives at the same parameters, put together by a rule that no sum of losses can say.
 
-Most methods add their terms before one backward pass and never come here. What needs a gradient per objective does:
-`train.step.make_named_gradients` gives them, by name.
+All methods of the table add their terms before one backward pass and never come here. What needs a gradient per
+objective would: `train.step.make_named_gradients` gives them, by name. Pure functions, tested, not wired to the loop.
 
     rule               direction                                                    method
     total              sum of all                                                   (what one backward pass gives)

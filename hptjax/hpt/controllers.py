@@ -1,7 +1,8 @@
 """Numbers of a method that answer to what a run measures: AMFT's share of SFT, SASR's chance of an SFT step.
 
 Pure functions from the measured figures to the next value; the caller keeps the value in its state. Coefficients that
-follow the step count alone are `schedules.py`; the entropy coefficient's controller is `losses/entropy.py`.
+follow the step count alone are `schedules.py`. The controller that the trainer runs, of the entropy bonus, is
+`control.py`; no method of the table uses these two yet.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Method:
       refills: whether questions that leave nothing are replaced by the next ones of the stream.
       refine: what a score pass of the whole update makes of its advantages, before it is trained on.
       needs: beside those of the parts.
-      formula, source, difference: where the parts' own do not say it.
+      source, difference: where the parts' own do not say it.
     """
 
     name: str

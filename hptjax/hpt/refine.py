@@ -6,7 +6,7 @@
     mean_one       divided by the mean importance weight                                       hpt.correction_normalised
 
 Packing and weights do not depend on advantages, so an update that is assembled again with refined ones has the same
-packed rows, and the scores stay where they belong (`train/phases.py` compares them).
+packed rows, and the scores stay where they belong (`train/second_look.py` compares them).
 """
 
 from __future__ import annotations

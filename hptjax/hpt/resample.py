@@ -1,7 +1,7 @@
 """Which judged rollouts of a step come back into an update, and how often: Shuffle-R1's two resamplers, on the host.
 
 Both bias the estimator on purpose and carry no importance correction (`spec/methods.md` 10, 7). Draws are keyed by
-seed, round and the ids of the samples, never by position.
+seed, round and the ids of the samples, never by position. No method of the table uses them yet.
 
 Source Shuffle-R1: arXiv 2508.05612, its code as `spec/methods.md` 5.1 reads it.
 """

@@ -28,7 +28,7 @@ def finished(finish_reasons: Int[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
 
 
 def entropy_threshold(entropies: Float[np.ndarray, " X"], share: float = 0.2) -> float:
-    """The entropy that the `share` of tokens with the highest reach; nats. For `weights.top_entropy`.
+    """The entropy that the `share` of tokens with the highest reach; nats. For `hpt/refine.py`.
 
     Args
       entropies: of all live tokens of the update, from the score pass. share: 0 < share <= 1; 0.2 in the paper.

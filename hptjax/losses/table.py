@@ -29,8 +29,8 @@
     PREFIX_RFT       dual clip        rollout policy       as GRPO, by prefix     clip mask x ratio x A
     PREFIX_RFT_OFF   dual clip        rollout policy       R - mean of free       top entropy x clip mask x ratio x A
 
-The last six are for demonstrations beside rollouts of the same question (union: the rewards of both); two of them for
-rollouts that continue a demonstration's prefix (free: rollouts without one).
+The last six are of methods that learn from demonstrations beside rollouts of the same question (union: the rewards of
+both); the two of Prefix-RFT are for rollouts that continue a demonstration's prefix (free: rollouts without one).
 
 The fourth component, the likelihood, is the same for all: `upge_token_loss`. How tokens are added up (token mean,
 sequence mean, constant ...) is a setting of its own: a row names the published one, see `reducers.py`. A new method is

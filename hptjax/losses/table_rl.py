@@ -159,7 +159,7 @@ def DAPO(clip: Clip = (0.2, 0.28)) -> Estimator:
         reducer="token_mean",
         extra_terms=(),
         difference="Dynamic sampling and the overlong filter and penalty act on the batch before this row"
-        " (`selection.py`, `advantages.overlong_penalty`).",
+        " (`hpt/route.py`, `train/phases.py`, `advantages.overlong_penalty`).",
     )
 
 

@@ -24,7 +24,6 @@ from hptjax.plan.operations import adapter_flops, program_flops, program_turns
 from hptjax.plan.programs import RunPrograms, rollouts_per_step, run_programs
 from hptjax.plan.topology import mesh_on
 
-TRAINING = ("train step", "score")
 FROZEN = "model beside the adapters"
 
 
