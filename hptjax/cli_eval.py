@@ -27,12 +27,63 @@ def command_eval(arguments: list[str]) -> int:
             raise ValueError("expected questions for a model folder, got none; name --suite or --data.")
     check(config)
     refuse_processes("eval", config)
+    _refuse_unread(options, source)
     if not asked:
         from hptjax import build
 
-        print(json.dumps(build.evaluate(config, checkpoint=options.checkpoint, split=options.split), indent=2))
+        checkpoint, split = options.checkpoint or "last", options.split or "test"
+        print(json.dumps(build.evaluate(config, checkpoint=checkpoint, split=split), indent=2))
         return 0
     return _eval_sets(options, config, source)
+
+
+def _refuse_unread(options: EvalOptions, source: Source) -> None:
+    """Raises ValueError for an option that would change nothing: it was given for a reason."""
+    asked, before, config = options.suite is not None or bool(options.data), source.config, options.config
+    folder, sampling = source.kind == FOLDER, "evaluations sample by eval.temperature and eval.top_p"
+    sizes = "it follows from data.max_prompt_tokens and rollout.max_completion_tokens here"
+    for option, given, why in (
+        ("rollout.temperature", config.rollout.temperature != before.rollout.temperature, sampling),
+        ("rollout.top_p", config.rollout.top_p != before.rollout.top_p, sampling),
+        ("rollout.top_k", config.rollout.top_k != before.rollout.top_k, f"{sampling}, without a top-k"),
+        ("rollout.cache_capacity", folder and config.rollout.cache_capacity != before.rollout.cache_capacity, sizes),
+        ("rollout.prompt_buckets", folder and config.rollout.prompt_buckets != before.rollout.prompt_buckets, sizes),
+        ("batch.row_tokens", folder and config.batch.row_tokens != before.batch.row_tokens, sizes),
+        (
+            "reward.functions",
+            options.suite is not None and config.reward.functions != before.reward.functions,
+            "published sets are judged by the verifier of their answers, and only --data by functions of your own",
+        ),
+        ("checkpoint", folder and options.checkpoint not in (None, "base"), "a model folder has no checkpoints"),
+        (
+            "eval.questions",
+            asked and config.eval.questions != before.eval.questions,
+            "--limit says it of sets and files",
+        ),
+        (
+            "eval.samples_per_question",
+            options.suite is not None and config.eval.samples_per_question != before.eval.samples_per_question,
+            "published sets have numbers of their own, and --samples sets another one",
+        ),
+        ("split", asked and options.split is not None, "--suite and --data are asked whole"),
+        ("suites", options.suites is not None and options.suite is None, "it holds the sets of --suite"),
+        *(
+            (
+                name,
+                not asked and value,
+                "a run is asked its own questions as eval.* says; it goes with --suite or --data",
+            )
+            for name, value in (
+                ("out", options.out is not None),
+                ("samples", options.samples is not None),
+                ("ks", bool(options.ks)),
+                ("limit", options.limit is not None),
+                ("baseline", options.baseline is not None),
+            )
+        ),
+    ):
+        if given:
+            raise ValueError(f"expected no --{option} here, where it would change nothing: {why}; leave it out.")
 
 
 def _source(arguments: Sequence[str]) -> Source:
@@ -56,7 +107,7 @@ def _eval_sets(options: EvalOptions, config: Config, source: Source) -> int:
     else:
         sets = file_sets(config, options.data)
     what = options.suite or "-".join(each.name for each in sets)
-    checkpoint = options.checkpoint if source.kind == RUN else None
+    checkpoint = (options.checkpoint or "last") if source.kind == RUN else None
     name = source.name if checkpoint is None else f"{source.name}-{checkpoint}"
     out = options.out or pathlib.Path("evaluations") / f"{name}-{what}"[:MAX_NAME]
     evaluate_sets(

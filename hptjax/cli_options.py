@@ -69,8 +69,8 @@ class TrainOptions:
 class EvalOptions:
     """Pass@k of a run on its held-out questions, or any model on suites and data files, with reports."""
 
-    checkpoint: Checkpoint = "last"  # which weights of a run
-    split: Literal["validation", "test", "train"] = "test"  # which questions of a run, where no others are named
+    checkpoint: Checkpoint | None = None  # which weights of a run; None: last
+    split: Literal["validation", "test", "train"] | None = None  # which of a run's own questions; None: test
     suite: str | None = None  # a published set or a group: math, other, aime24, math500, gsm8k, countdown ...
     suites: str | None = None  # folder that holds <set>.parquet or <set>.jsonl for each; None: the hub
     data: tuple[str, ...] = ()  # files of your own, as data.files takes them

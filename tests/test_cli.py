@@ -139,6 +139,8 @@ def test_cli_compare_splits_the_arms(config_file, build):
         (["compare", "CONFIG", "--arms", "hpt,hpt"], ["distinct arms", "change --arms"]),
         (["compare", "CONFIG", "--seeds", "0"], ["change --seeds"]),
         (["sample", "CONFIG", "--count", "0"], ["change --count"]),
+        (["eval", "CONFIG", "--samples", "3"], ["no --samples here", "with --suite or --data"]),
+        (["eval", "CONFIG", "--rollout.top_p", "0.5"], ["no --rollout.top_p here", "eval.top_p"]),
         (
             ["explain", "CONFIG", "--model.tokenizer", "nowhere"],
             ["expected 'nowhere/tokenizer.json'", "model.tokenizer"],

@@ -212,6 +212,15 @@ def test_eval_of_files_asks_each_question_once_and_counts_the_rest(model, tmp_pa
     evaluate(model, "--data", own, "--reward.functions", '[{name = "my_reward:short"}]')
     told = read("evaluations/tiny-math-own")["results"]["own"]
     assert (told["avg@8,strict"], "maj@8,strict" in told, "format,none" in told) == (0.25, False, False)
+    # a verdict may carry grades that are not our two; a name that is wrong makes no folder for the right one to meet
+    graded = lines(tmp_path / "graded.jsonl", [{"prompt": "One?", "answer": "1"}, {"prompt": "Two?", "answer": "2"}])
+    for name, status in (("my_reward:absent", 2), ("math_hpt", 0)):
+        evaluate(model, "--data", graded, "--samples", 1, "--reward.functions", f'[{{name = "{name}"}}]', status=status)
+    assert read("evaluations/tiny-math-graded")["results"]["graded"]["avg@1,strict"] == 0.5
+    mixed = lines(tmp_path / "mixed.jsonl", [{"prompt": "1?", "answer": "1"}, {"prompt": "2?", "answer": {"x": 2}}])
+    capsys.readouterr()
+    evaluate(model, "--data", mixed, status=2)
+    assert "got objects with answer and with x; name a function" in capsys.readouterr().err
 
 
 def test_eval_of_a_run_takes_its_checkpoint(tmp_path, monkeypatch):
@@ -274,6 +283,15 @@ def test_countdown_expression(said, reason, lenient):
         (("--suite", "gsm8k", "--ks", "0"), "--ks of at least 1"),
         (("--suite", "gsm8k", "--eval.top_p", "1.5"), "eval.top_p in (0, 1]"),
         (("--suite", "gsm8k", "--baseline", "."), "expected the folder of an evaluation"),
+        (("--suite", "gsm8k", "--rollout.top_k", "5"), "no --rollout.top_k here, where it would change nothing"),
+        (("--suite", "gsm8k", "--rollout.temperature", "2.0"), "evaluations sample by eval.temperature and eval.top_p"),
+        (("--suite", "gsm8k", "--eval.samples_per_question", "16"), "and --samples sets another one"),
+        (("--suite", "gsm8k", "--eval.questions", "100"), "no --eval.questions here"),
+        (("--suite", "gsm8k", "--checkpoint", "best"), "no --checkpoint here"),
+        (("--suite", "gsm8k", "--split", "test"), "no --split here"),
+        (("--suite", "gsm8k", "--reward.functions", '[{name = "math_hpt"}]'), "no --reward.functions here"),
+        (("--data", "absent.jsonl", "--suites", "."), "no --suites here"),
+        (("--suite", "gsm8k", "--rollout.cache_capacity", "9000"), "it follows from data.max_prompt_tokens"),
         (("--suite", "gsm8k", "--prompt.template", "plain", "--prompt.system", "None"), None),
     ],
 )
@@ -282,7 +300,8 @@ def test_eval_refuses(model, tmp_path, monkeypatch, capsys, options, words):
     if words is None:
         evaluate(model, *options, "--suites", model / "suites", "--samples", 1)
         return
-    options = [*options, *(("--suites", str(model / "suites")) if "--suites" not in options else ())]
+    named = "--suite" in options and "--suites" not in options
+    options = [*options, *(("--suites", str(model / "suites")) if named else ())]
     evaluate(model, *options, status=2)
     assert words in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ import jax
 from flax import traverse_util
 
 from hptjax.build.data import request_maker
-from hptjax.build.eval_judge import make_judge
+from hptjax.build.eval_judge import judge_functions, make_judge
 from hptjax.build.eval_sets import EvalSet
 from hptjax.build.parts import EVALUATION_KEY, adapter_record, base_digest, files_digest, use_compile_cache
 from hptjax.build.policy import Policy, build_policy
@@ -88,38 +88,39 @@ def evaluate_sets(
             f"expected --ks of at most the samples per question, {max(counts.values())}, got {max(ks)}; raise --samples"
         )
     use_compile_cache()
-    policy = build_policy(config)
-    prompts = (
-        task_prompts(policy.tokenizer) if _as_task(sets) else turn_prompts(config, policy.tokenizer, policy.stop_ids)
-    )
-    params, weights = _weights(config, policy, checkpoint)
-    sampling = {
-        "temperature": config.eval.temperature,
-        "top_p": config.eval.top_p,
-        "max_gen_toks": config.rollout.max_completion_tokens,
-    }
-    asked = {each.name: ask(config, each, prompts, limit) for each in sets}
-    begin(
-        out,
-        {
-            "model": name,
-            "weights": weights,
-            "tokenizer": files_digest(Path(config.model.tokenizer or config.model.path or ""), "tokenizer.json"),
-            "compute_dtype": config.model.compute_dtype,
-            "rope_theta": policy.config.rope_theta,
-            "int8": int8_parts(config),
-            "stop_ids": sorted(policy.stop_ids),
-            "prompt": _prompt_record(config, prompts),
-            "sampling": sampling,
-            "samples": counts,
-            "limit": limit,
-            "seed": config.seed,
-            "reward": [function.name for function in config.reward.functions],
-            "data": {each.name: each.data_hash for each in sets},
-        },
-    )
     found: dict[str, list[Graded]] = {}
     with RewardPool(workers=config.reward.workers, deadline_s=config.reward.deadline_s) as pool:
+        for each in sets:
+            pool.load(judge_functions(config, each))
+        policy = build_policy(config)
+        as_task = _as_task(sets)
+        prompts = task_prompts(policy.tokenizer) if as_task else turn_prompts(config, policy.tokenizer, policy.stop_ids)
+        params, weights = _weights(config, policy, checkpoint)
+        sampling = {
+            "temperature": config.eval.temperature,
+            "top_p": config.eval.top_p,
+            "max_gen_toks": config.rollout.max_completion_tokens,
+        }
+        asked = {each.name: ask(config, each, prompts, limit) for each in sets}
+        begin(
+            out,
+            {
+                "model": name,
+                "weights": weights,
+                "tokenizer": files_digest(Path(config.model.tokenizer or config.model.path or ""), "tokenizer.json"),
+                "compute_dtype": config.model.compute_dtype,
+                "rope_theta": policy.config.rope_theta,
+                "int8": int8_parts(config),
+                "stop_ids": sorted(policy.stop_ids),
+                "prompt": _prompt_record(config, prompts),
+                "sampling": sampling,
+                "samples": counts,
+                "limit": limit,
+                "seed": config.seed,
+                "reward": [function.name for function in config.reward.functions],
+                "data": {each.name: each.data_hash for each in sets},
+            },
+        )
         for each in sets:
             found[each.name] = _evaluate(
                 config, policy, params, each, asked[each.name], pool, out, counts[each.name], sampling, say

@@ -23,8 +23,7 @@ def make_judge(config: Config, each: EvalSet, questions: Mapping[int, Question],
     Args
       questions: place of a question -> it, with the answer as its prompt has left it.
     """
-    functions = _functions(config, each)
-    pool.load(functions)
+    functions = judge_functions(config, each)
 
     def judge(asked: Sequence[tuple[int, Completion]]) -> list[Judged]:
         examples = [questions[place].example for place, _ in asked]
@@ -39,11 +38,14 @@ def make_judge(config: Config, each: EvalSet, questions: Mapping[int, Question],
     return judge
 
 
-def _functions(config: Config, each: EvalSet) -> list[RewardFunction | UserReward]:
+def judge_functions(config: Config, each: EvalSet) -> list[RewardFunction | UserReward]:
+    """What the completions of a set are judged by.
+
+    Raises a name in `reward.functions` that is no function -> ValueError.
+    """
     if each.own:
         return reward_functions([config.reward.functions[0].name], None)
-    answer = each.examples[0].answer
-    if "answer" in answer:
+    if "answer" in each.examples[0].answer:
         return [math_strict]
     if each.examples[0].messages:
         return [countdown_expression]
@@ -51,10 +53,10 @@ def _functions(config: Config, each: EvalSet) -> list[RewardFunction | UserRewar
 
 
 def _judged(verdicts: Sequence[Verdict], said: str) -> Judged:
-    """The word on a completion; of a verifier without grades the second verdict, if any, is about its form alone."""
+    """The word on a completion; of a verifier without our two grades the second verdict, if any, is about its form."""
     verdict = verdicts[0]
     grades = {grade.policy: grade for grade in verdict.grades}
-    if not grades:
+    if not {STRICT.name, LENIENT.name} <= grades.keys():
         formed = len(verdicts) > 1 and verdicts[1].solved
         return Judged(said.strip() if formed else None, formed, verdict.solved, verdict.solved, verdict.reason)
     strict, lenient = grades[STRICT.name], grades[LENIENT.name]

@@ -154,7 +154,21 @@ def _file_set(config: Config, name: str, title: str) -> EvalSet:
         raise ValueError(f"expected questions with answers in '{name}', got none: {dict(dropped)}; change --data")
     items = [Item(example.prompt, _gold(example.answer), "math") for example in examples]
     own = config.reward.functions[0].name not in ("verify", "math_strict")
+    if not own:
+        _check_answers(name, examples)
     return EvalSet(title, name, items, examples, own, dropped={key: n for key, n in dropped.items() if n})
+
+
+def _check_answers(name: str, examples: Sequence[Example]) -> None:
+    """Raises ValueError where our verifiers cannot judge all rows: they want answers, or all of them countdown's."""
+    kinds = (frozenset({"answer"}), frozenset({"numbers", "target"}))
+    if any(all(kind <= example.answer.keys() for example in examples) for kind in kinds):
+        return
+    keys = sorted({", ".join(sorted(map(str, example.answer))) for example in examples})
+    raise ValueError(
+        f"expected answers in '{name}' that are texts or numbers, or all of them numbers with a target (countdown), "
+        f"got objects with {' and with '.join(keys[:4])}; name a function that judges them in reward.functions"
+    )
 
 
 def _gold(answer: Mapping[str, Any]) -> str:
