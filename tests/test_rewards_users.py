@@ -6,12 +6,14 @@ import dataclasses
 import pathlib
 import time
 
+import numpy as np
 import pytest
 
 from hptjax.build.data import build_task
 from hptjax.build.rewards import FILE_REWARDS, reward_functions
+from hptjax.build.world import watch_rewards
 from hptjax.config import TaskConfig
-from hptjax.records import Grade, Verdict, verdict_from_json, verdict_to_json
+from hptjax.records import Grade, Sample, SampleId, Source, Verdict, verdict_from_json, verdict_to_json
 from hptjax.rewards.functions import UserReward
 from hptjax.rewards.pool import RewardPool
 from hptjax.tasks import countdown_verifier
@@ -86,6 +88,9 @@ def test_users_reward_that_hangs_costs_its_deadline_only(pool):
         ("tests.no_such_module:f", "ModuleNotFoundError"),
         ("tests.user_rewards:two_arguments", r"\(prompt, completion, answer\)"),
         ("tests.user_rewards:not_a_function", "TypeError"),
+        ("tests.user_rewards:later", "returns a number or a Verdict, got an async function"),
+        ("tests.user_rewards:several", "got a generator"),
+        ("tests.user_rewards:Judge", "got a class"),
     ],
 )
 def test_users_reward_that_cannot_be_loaded_is_an_error_at_the_start(path, words):
@@ -176,6 +181,22 @@ def test_verdict_survives_json():
     for fields in ([], [1.0, True], [1.0, True, "a", [["b"]]], [1.0, True, "a", [], []]):
         with pytest.raises((TypeError, ValueError)):
             verdict_from_json(fields)
+
+
+def test_rewards_that_fail_on_most_completions_are_said_once():
+    told: list[str] = []
+    good, bad = Verdict(1.0, True, "scored"), Verdict(0.0, False, "raised: KeyError")
+    sample = Sample(SampleId(0, 0, 0), 0, Source.ROLLOUT, *(np.zeros(1, np.int32),) * 2, np.zeros(1, np.float32))
+    three = [[good, bad], [good, bad], [bad, good]]
+    batches = [[[good, bad], [good, good]], [], [[good, good]], three, three]
+    rows = iter(batches)
+    watched = watch_rewards(
+        lambda samples, _: list(zip(samples, next(rows), strict=True)), ("verify", "mine:f"), told.append
+    )
+    for batch in batches:
+        assert [said for _, said in watched([sample] * len(batch), {})] == batch
+    (words,) = told
+    assert "mine:f of reward.functions has failed on 2 of 3 completions, most of them with 'raised: KeyError'" in words
 
 
 def test_rewards_are_found_by_name():

@@ -60,4 +60,21 @@ def two_arguments(completion: str, answer: Mapping[str, Any]) -> float:
     return 1.0
 
 
+async def later(prompt: str, completion: str, answer: Mapping[str, Any]) -> float:
+    """A coroutine and no number."""
+    return 1.0
+
+
+def several(prompt: str, completion: str, answer: Mapping[str, Any]) -> Any:
+    """A generator and no number."""
+    yield 1.0
+
+
+class Judge:
+    """A class: calling it gives an instance and no number."""
+
+    def __init__(self, prompt: str, completion: str, answer: Mapping[str, Any]):
+        self.reward = 1.0
+
+
 not_a_function = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from hptjax.build.parts import TRAIN_KEY, Parts
 from hptjax.build.sampler import int8_parts
 from hptjax.config import Config, resolved
 from hptjax.data import tokenizer as text
-from hptjax.records import Objective, Question
+from hptjax.records import Judge, Objective, Question, Sample, Verdict
+from hptjax.rewards.combine import FAILURES
 from hptjax.sharding.agree import agree, anyone
 from hptjax.sharding.host import to_host
 from hptjax.sharding.mesh import put_micro_batch
@@ -88,6 +90,7 @@ def build_world(
       questions: the training questions by id. ledger: appends a row to ledger.jsonl.
     """
     outside = parts.config.rollout.engine == "server"
+    names = tuple(function.name for function in parts.config.reward.functions)
     int8, log_step = int8_parts(parts.config), telemetry.write
     if int8 and not outside:
         log_step = say_sampler_gap(log_step, telemetry.say, f"int8 {' and '.join(int8)}")
@@ -96,8 +99,8 @@ def build_world(
     return World(
         questions=questions,
         sample=outside_sampler(parts) if outside else _sampler(parts),
-        judge=parts.judge,
-        reward_names=tuple(function.name for function in parts.config.reward.functions),
+        judge=watch_rewards(parts.judge, names, telemetry.say),
+        reward_names=names,
         put=lambda micro_batch: put_micro_batch(parts.policy.mesh, micro_batch, parts.policy.rules),
         read=to_host,
         flag=_flags(parts.policy.mesh),
@@ -111,6 +114,31 @@ def build_world(
         if outside or "weights" in int8
         else _keeper(parts.policy.frozen, jnp.dtype(parts.config.model.compute_dtype)),
     )
+
+
+def watch_rewards(judge: Judge, names: Sequence[str], say: Callable[[str], None]) -> Judge:
+    """The judge; the first time that one of its functions fails on most of the completions it is asked about, it is
+    said: a single failure is counted and no more, but a function that fails throughout teaches nothing.
+
+    Args
+      names: of the functions, in the order of the verdicts.
+    """
+    told: set[str] = set()
+
+    def watched(samples: Sequence[Sample], questions: Mapping[int, Question]) -> list[tuple[Sample, list[Verdict]]]:
+        judged = judge(samples, questions)
+        for place, name in enumerate(names):
+            reasons = Counter(verdicts[place].reason for _, verdicts in judged)
+            failed = Counter({reason: n for reason, n in reasons.items() if reason.partition(":")[0] in FAILURES})
+            if 2 * failed.total() > len(judged) and name not in told:
+                told.add(name)
+                say(
+                    f"warning: {name} of reward.functions has failed on {failed.total()} of {len(judged)} completions, "
+                    f"most of them with '{failed.most_common(1)[0][0]}': they get reward 0 for it; the run goes on"
+                )
+        return judged
+
+    return watched
 
 
 def build_cadence(config: Config) -> Cadence:

@@ -90,6 +90,14 @@ def _load(request: dict[str, Any], functions: dict[str, Callable[..., Any]], dea
 
 
 def _check_signature(function: Callable[..., Any]) -> None:
+    for unfit, kind in (
+        (inspect.isclass, "a class"),
+        (inspect.iscoroutinefunction, "an async function"),
+        (inspect.isgeneratorfunction, "a generator"),
+        (inspect.isasyncgenfunction, "an async generator"),
+    ):
+        if unfit(function):
+            raise TypeError(f"expected a function that returns a number or a Verdict, got {kind}")
     try:
         inspect.signature(function).bind("prompt", "completion", {})
     except TypeError as error:
