@@ -33,7 +33,7 @@ from hptjax.cli_options import (
 )
 from hptjax.cli_parse import as_switch, expect_writable, parse, refuse_processes
 from hptjax.config import Config, DataConfig, RolloutConfig
-from hptjax.config_check import check
+from hptjax.config_check import check, check_rows
 from hptjax.config_load import read_file
 from hptjax.config_text import command_line
 from hptjax.errors import BAD_INPUT, INPUT_ERRORS, INTERRUPTED, exit_status, raised_here
@@ -198,6 +198,7 @@ def command_data(arguments: list[str]) -> int:
     if files:
         data = dataclasses.replace(config.data, files=tuple(files), validation_files=(), test_files=())
         config = dataclasses.replace(config, data=data)
+        check_rows(config)
     else:
         check(config)
     if not config.data.files:
@@ -358,7 +359,7 @@ def _options(options: type[T], command: str, arguments: list[str]) -> T:
 def _shard_bytes(gigabytes: float) -> int:
     if not 0 < gigabytes < float("inf"):
         raise ValueError(f"expected a shard size above 0, got {gigabytes}; change --shard-gb.")
-    return max(1, int(gigabytes * 10**9))
+    return max(1, round(gigabytes * 10**9))
 
 
 def command_doctor(arguments: list[str]) -> int:

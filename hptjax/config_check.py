@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator
 
 from hptjax.config import Config, flatten, resolved
 from hptjax.config_ahead import ahead_problems
-from hptjax.config_check_data import data_problems, rollout_problems, task_problems
+from hptjax.config_check_data import (
+    data_problems,
+    prompt_problems,
+    reward_problems,
+    rollout_problems,
+    task_problems,
+)
 from hptjax.config_check_objective import objective_problems
 from hptjax.config_check_train import (
     batch_problems,
@@ -91,6 +98,13 @@ def check(config: Config, *, sized_only: bool = False) -> None:
     _refuse_first(problems)
 
 
+def check_rows(config: Config) -> None:
+    """As `check`, of the fields that say how rows of data files are put and judged, where no run is made of them."""
+    _refuse_first(
+        itertools.chain(_range_problems(config), prompt_problems(config.prompt), reward_problems(config.reward))
+    )
+
+
 def _refuse_first(problems: Iterator[Problem]) -> None:
     problem = next(problems, None)
     if problem is not None:
@@ -111,6 +125,8 @@ def _range_problems(config: Config) -> Iterator[Problem]:
         for name in names:
             if values[name] is not None and not holds(values[name]):
                 yield f"{name} {words}", f"{values[name]}", name
+    if any(token < 0 for token in config.rollout.stop_ids):
+        yield "rollout.stop_ids of at least 0", f"{list(config.rollout.stop_ids)}", "rollout.stop_ids"
 
 
 def _model_problems(config: Config, sized_only: bool) -> Iterator[Problem]:
@@ -123,6 +139,7 @@ def _model_problems(config: Config, sized_only: bool) -> Iterator[Problem]:
             "neither",
             "model.path or model.tokenizer",
         )
+    yield from _export_problems(config)
     if shape.num_heads % shape.num_kv_heads:
         yield (
             "model.shape.num_heads to be a multiple of model.shape.num_kv_heads",
@@ -135,3 +152,12 @@ def _model_problems(config: Config, sized_only: bool) -> Iterator[Problem]:
             f"{shape.head_dim}",
             "model.shape.head_dim",
         )
+
+
+def _export_problems(config: Config) -> Iterator[Problem]:
+    """The exported model would replace what the run reads."""
+    out = config.checkpoint.export_folder
+    read = {"model.path": config.model.path, "lora.adapter": config.lora.adapter}
+    for name, folder in {**read, "name": f"{config.runs_dir}/{config.name}"}.items():
+        if out is not None and folder is not None and os.path.realpath(out) == os.path.realpath(folder):
+            yield "another folder for the exported model", f"'{out}', that of {name}", "checkpoint.export_folder"

@@ -98,10 +98,10 @@ def _of_folder(path: pathlib.Path, found: FolderReport, kind: str) -> dict[str, 
 
 
 def _tokenizer_problems(path: pathlib.Path, vocab_size: int) -> list[str]:
-    from hptjax.data.tokenizer import load_tokenizer
+    from hptjax.data.tokenizer import load_tokenizer, vocabulary_size
 
     try:
-        tokens = len(load_tokenizer(path))
+        tokens = vocabulary_size(load_tokenizer(path))
     except Exception as error:  # transformers raises many kinds for a broken file
         return [f"the tokenizer cannot be read: {error}"]
     return [f"the tokenizer has {tokens} tokens, the model {vocab_size}"] if tokens > vocab_size else []

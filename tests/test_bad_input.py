@@ -61,6 +61,8 @@ def short(folder: Path, **changes) -> Config:
             ["data.questions_per_step", "6"],
         ),
         ({"reward__functions": (RewardFunction("verfy"),)}, ["got ['verfy']", "change reward.functions"]),
+        ({"rollout__stop_ids": (1, 999)}, ["rollout.stop_ids below the vocabulary of", "got [999]"]),
+        ({"rollout__stop_ids": (-1,)}, ["rollout.stop_ids of at least 0, got [-1]"]),
         ({"mesh__data": 16, "batch__rows": 16, "rollout__prefill_rows": 16}, ["16", "mesh.data"]),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import types
 from collections import Counter
 
 import numpy as np
@@ -21,6 +22,7 @@ from hptjax.data.tokenizer import (
     load_tokenizer,
     make_character_tokenizer,
     stop_ids,
+    vocabulary_size,
 )
 from hptjax.records import Example, Question, Verdict
 from hptjax.tasks.countdown import SYMBOLS, enumerate_instances, write_examples
@@ -111,6 +113,11 @@ def test_tokenizer_round_trip_is_exact_with_one_token_per_character(tokenizer):
     assert encode_prompt(tokenizer, "1+", add_bos=False).tolist() == [3 + SYMBOLS.index(c) for c in "1+"]
     assert stop_ids(tokenizer, extra=(0,)) == {0, tokenizer.eos_token_id}
     assert len(tokenizer) == len(SYMBOLS) + 3
+
+
+def test_tokenizer_with_gaps_between_its_ids_needs_rows_for_the_largest(tokenizer):
+    assert vocabulary_size(tokenizer) == len(tokenizer)
+    assert vocabulary_size(types.SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 7})) == 8
 
 
 def test_tokenizer_round_trip_holds_for_spaces_and_line_ends(tmp_path):

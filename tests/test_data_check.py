@@ -121,6 +121,10 @@ def test_data_check_finds_what_is_wrong_with_a_template(folder, capsys, name):
         (["check"], ["expected data files", "got []"]),
         (["look", "a.jsonl"], ["hptjax data check FILE"]),
         (["check", "run.toml"], ["expected data.files in run.toml"]),
+        (["check", "a.jsonl", "--data.max_prompt_tokens", "0"], ["data.max_prompt_tokens at least 1", "got 0"]),
+        (["check", "a.jsonl", "--prompt.date", "today"], ["prompt.date as a day", "'today'"]),
+        (["check", "a.jsonl", "--prompt.plain", "Solve:"], ["prompt.plain to hold {question}"]),
+        (["check", "a.jsonl", "--reward.deadline_s", "nan"], ["finite reward.deadline_s"]),
     ],
 )
 def test_data_check_of_what_no_run_could_use_ends_with_status_2(folder, capsys, arguments, words):

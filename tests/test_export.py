@@ -18,6 +18,8 @@ from hptjax.build.export import export_run
 from hptjax.build.parts import open_parts
 from hptjax.build.policy import build_policy
 from hptjax.build.weights import load_weights
+from hptjax.config_check import check
+from hptjax.config_load import read_file
 from hptjax.data.tokenizer import load_tokenizer
 from hptjax.inspection import inspect, report_text
 from hptjax.models import folder
@@ -124,6 +126,47 @@ def test_export_refuses_another_tokenizer_and_a_folder_that_is_no_run(run, tmp_p
     with pytest.raises(ValueError, match="expected a run folder with its config"):
         export_run(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_export_refuses_to_write_over_what_it_reads(run, repository, capsys):
+    config, path = run
+    before = (path / "config.json").read_bytes()
+    for out, what in ((path, "the run itself"), (config.model.path, "its model")):
+        with pytest.raises(ValueError, match=f"expected another folder to write to, got .*, which is {what}"):
+            export_run(path, Path(out))
+        with pytest.raises(
+            ValueError, match=r"another folder for the exported model.* change checkpoint\.export_folder"
+        ):
+            check(changed(config, checkpoint__export_folder=f"{out}/"))
+    assert (path / "config.json").read_bytes() == before
+    check(read_file(repository / "configs" / "base_model.toml"))  # beside its tokenizer a model from scratch may go
+    assert cli.run(["convert", str(path), str(path / "out")]) == cli.BAD_INPUT
+    assert "got the run folder" in capsys.readouterr().err
+
+
+def test_export_leaves_no_template_of_another_model_and_takes_those_with_names_along(run, tmp_path):
+    config, path = run
+    model = tmp_path / "model"
+    shutil.copytree(config.model.path, model)
+    for name in (
+        "additional_chat_templates/tool_use.jinja",
+        "additional_chat_templates/rag.jinja",
+        "added_tokens.json",
+    ):
+        stale = tmp_path / "out" / name
+        stale.parent.mkdir(parents=True, exist_ok=True)
+        stale.write_text("of another model")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    export_run(path, tmp_path / "out", tokenizer=str(model))
+    assert sorted(file.name for file in (tmp_path / "out").rglob("*.jinja")) == [
+        "chat_template.jinja",
+        "tool_use.jinja",
+    ]
+    assert not (tmp_path / "out" / "added_tokens.json").exists()
+    assert load_tokenizer(tmp_path / "out").chat_template == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    convert_folder(tmp_path / "out", tmp_path / "converted")
+    assert load_tokenizer(tmp_path / "converted").chat_template == load_tokenizer(model).chat_template
 
 
 @pytest.mark.slow

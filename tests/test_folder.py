@@ -17,6 +17,7 @@ from hptjax.models import folder
 from hptjax.models.decoder import param_shapes
 from hptjax.models.folder_config import read_config, read_eos_ids, read_shape
 from hptjax.models.folder_slices import load_placed
+from hptjax.models.folder_write import split
 from tests.test_models import FAMILIES, random_params
 
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 64}
@@ -369,6 +370,28 @@ def test_shards_hold_the_bits_of_the_whole_file(tmp_path, family, dtype):
     for key, value in whole.items():
         assert value.dtype == joined[key].dtype
         assert value.tobytes() == joined[key].tobytes()
+
+
+def test_shards_begin_above_the_limit_and_not_at_it(tmp_path):
+    assert split({"a": 3, "b": 2, "c": 5, "d": 6, "e": 1}, 5) == [["a", "b"], ["c"], ["d"], ["e"]]
+    config = FAMILIES["llama"]
+    params = random_params(config)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(params)) * 2
+    for limit, sharded in ((whole, False), (whole - 1, True), (whole, False)):
+        folder.save_folder(tmp_path, config, params, dtype="bfloat16", shard_bytes=limit)
+        assert (tmp_path / "model.safetensors.index.json").exists() == sharded
+
+
+def test_saving_beside_an_adapter_or_where_nobody_may_write_is_refused(tmp_path, monkeypatch):
+    """Other tools would put the adapter on top of the model that has it merged."""
+    config = FAMILIES["llama"]
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="on top of the model; name another folder"):
+        folder.save_folder(tmp_path, config, random_params(config), dtype="bfloat16")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="expected a folder that can be written to"):
+        folder.save_folder(tmp_path, config, random_params(config), dtype="bfloat16")
 
 
 def test_saving_over_a_folder_leaves_nothing_of_the_old_weights(tmp_path):

@@ -238,6 +238,13 @@ def test_lora_folder_of_another_kind_is_refused(change, words, tmp_path):
         load_adapter(tmp_path, config)
 
 
+def test_lora_folder_is_no_folder_of_a_model(tmp_path):
+    config = FAMILIES["llama"]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected a folder without a model"):
+        save_adapter(tmp_path, config, random_adapters(config), AdapterShape(3, 4.5, ALL), dtype="float32", base=None)
+
+
 def test_lora_config_as_peft_writes_it_is_read(tmp_path):
     """Every field that PEFT 0.21.2 saves for a plain adapter, with its defaults; the scale of both kinds by hand."""
     absent = """alora_invocation_tokens arrow_config auto_mapping corda_config eva_config exclude_modules kasa_config

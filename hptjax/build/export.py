@@ -49,6 +49,12 @@ def export_run(
     """
     folder, config = _run_of(source)
     model = config.model if tokenizer is None else dataclasses.replace(config.model, tokenizer=tokenizer)
+    read = {
+        "the run itself": str(folder),
+        "its model": model.path,
+        "the adapter that it began with": config.lora.adapter,
+    }
+    _refuse_read(out, read)
     saved, leaves = chosen_leaves(folder / "checkpoints", checkpoint, lambda name: name.startswith(POLICY))
     params = traverse_util.unflatten_dict(
         {tuple(name.removeprefix(POLICY).split(".")): value for name, value in leaves.items()}
@@ -74,6 +80,13 @@ def export_run(
         )
     write_model(out, shape, params, model, words, dtype=dtype, shard_bytes=shard_bytes)
     return what + ("" if adapter is None else ", adapters merged")
+
+
+def _refuse_read(out: Path, read: Mapping[str, str | None]) -> None:
+    """Raises ValueError where the folder to write is one of those that are read; what is in them -> folder."""
+    for what, path in read.items():
+        if path is not None and out.exists() and Path(path).exists() and out.samefile(path):
+            raise ValueError(f"expected another folder to write to, got {out}, which is {what}; change OUT")
 
 
 def _edits(model: ModelConfig) -> str:

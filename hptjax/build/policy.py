@@ -16,7 +16,7 @@ from hptjax.build.attention import training_attention
 from hptjax.build.mesh import build_mesh, check_mesh, offer_cpu_devices, rollout_rules, training_rules
 from hptjax.build.sampler import decode_shape, is_written_out, rollout_shardings, sampler_functions
 from hptjax.config import Config
-from hptjax.data.tokenizer import load_tokenizer, stop_ids
+from hptjax.data.tokenizer import load_tokenizer, stop_ids, vocabulary_size
 from hptjax.losses.logprobs import TokenStats, token_logprobs
 from hptjax.model_shape import asked_adapter, decoder_shape
 from hptjax.models import decoder
@@ -85,8 +85,8 @@ def build_policy(config: Config) -> Policy:
     check_mesh(config)
     offer_cpu_devices(config)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path or "")
-    shape = decoder_shape(config, lambda: len(tokenizer))
-    _check_lengths(config, shape, len(tokenizer))
+    shape = decoder_shape(config, lambda: vocabulary_size(tokenizer))
+    _check_lengths(config, shape, vocabulary_size(tokenizer))
     stops = _stop_ids(config, shape, tokenizer)
     mesh = build_mesh(config)
     model = build_functions(config, shape, mesh)
@@ -224,5 +224,11 @@ def _stop_ids(config: Config, shape: DecoderConfig, tokenizer: Any) -> frozenset
         raise ValueError(
             f"expected the eos_token_id of {config.model.path} below the vocabulary of {shape.vocab_size} tokens, got "
             f"{outside}; correct its generation_config.json or change model.path"
+        )
+    unknown = sorted(token for token in config.rollout.stop_ids if token >= shape.vocab_size)
+    if unknown:
+        raise ValueError(
+            f"expected rollout.stop_ids below the vocabulary of {shape.vocab_size} tokens, got {unknown}; change "
+            "rollout.stop_ids"
         )
     return stop_ids(tokenizer, (*of_folder, *config.rollout.stop_ids))

@@ -12,7 +12,7 @@ from hptjax.config import ModelConfig
 from hptjax.model_shape import asked_adapter
 from hptjax.models.folder import load_folder, save_folder
 from hptjax.models.folder_config import CONFIG_FILE, GENERATION_FILE, read_json
-from hptjax.models.folder_copy import TOKENIZER_FILES, copy_files
+from hptjax.models.folder_copy import copy_files, copy_tokenizer
 from hptjax.models.folder_write import SHARD_BYTES, write_json
 from hptjax.models.shape import DecoderConfig
 from hptjax.rundir import run_folder
@@ -78,7 +78,7 @@ def write_model(
     if model.path is not None:
         beside = read_json(Path(model.path) / CONFIG_FILE)
     save_folder(folder, shape, params, dtype=dtype, shard_bytes=shard_bytes, beside=beside)
-    copy_files(Path(model.tokenizer or model.path or ""), folder, TOKENIZER_FILES)
+    copy_tokenizer(Path(model.tokenizer or model.path or ""), folder)
     if model.path is not None:
         copy_files(Path(model.path), folder, (GENERATION_FILE,))
     else:

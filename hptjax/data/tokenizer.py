@@ -132,6 +132,11 @@ def decode(tokenizer: Tokenizer, tokens: Int[np.ndarray, " c"]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Rows of an embedding that every token has its own in: the largest id and one; ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def stop_ids(tokenizer: Tokenizer, extra: tuple[int, ...] = ()) -> frozenset[int]:
     """The tokens that end a completion: the tokenizer's eos and any extra ones that a chat format adds."""
     return frozenset({tokenizer.eos_token_id, *extra})

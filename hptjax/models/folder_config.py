@@ -50,6 +50,11 @@ def read_shape(path: str | os.PathLike[str]) -> tuple[DecoderConfig, Sequence[Ch
             f"expected a model folder, got the PEFT adapter '{folder}'; name it lora.adapter, and its model model.path"
         )
     raw = read_json(folder / CONFIG_FILE)
+    if "runs_dir" in raw and "model_type" not in raw:
+        raise ValueError(
+            f"expected a model folder, got the run folder '{folder}'; `hptjax export` makes a model folder of its "
+            "checkpoints, for model.path"
+        )
     try:
         return read_config(raw)
     except ValueError as error:

@@ -25,15 +25,31 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES = "additional_chat_templates"  # folder of the chat templates that have a name, as transformers writes them
 STORED_NAMES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def copy_files(source: pathlib.Path, target: pathlib.Path, names: tuple[str, ...]) -> None:
-    """The files of these names, byte for byte, where they are there and the folders are two."""
+    """The files of these names, byte for byte, where the folders are two.
+
+    Those that are not there are not in the target afterwards either: a template of another model would be read there.
+    """
     make_folder(target)
+    if target.samefile(source):
+        return
     for name in names:
-        if (source / name).is_file() and not ((target / name).exists() and (source / name).samefile(target / name)):
+        if not (source / name).is_file():
+            (target / name).unlink(missing_ok=True)
+        elif not ((target / name).exists() and (source / name).samefile(target / name)):
             shutil.copyfile(source / name, target / name)
+
+
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+    """The files of a tokenizer, its chat templates of other names among them; as `copy_files`."""
+    templates = {path.name for folder in (source, target) for path in (folder / TEMPLATES).glob("*.jinja")}
+    if templates:
+        make_folder(target / TEMPLATES)
+    copy_files(source, target, (*TOKENIZER_FILES, *(f"{TEMPLATES}/{name}" for name in sorted(templates))))
 
 
 def convert_folder(
@@ -66,4 +82,5 @@ def convert_folder(
         sizes = {name: int(np.prod(shape)) * stored.itemsize for name, shape in shapes.items()}
         documents = {CONFIG_FILE: write_config(config, stored.name, read_json(source / CONFIG_FILE))}
         write_weights(target, sizes, tensor, documents, shard_bytes=shard_bytes)
-    copy_files(source, target, (*TOKENIZER_FILES, GENERATION_FILE))
+    copy_tokenizer(source, target)
+    copy_files(source, target, (GENERATION_FILE,))

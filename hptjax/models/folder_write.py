@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from hptjax.models.folder_config import ADAPTER_CONFIG
 from hptjax.models.folder_files import INDEX_FILE, WEIGHTS_FILE, all_finite
 
 SHARD_BYTES = 5 * 10**9  # of a file: the limit that published folders are cut at
@@ -48,11 +49,15 @@ def as_saved(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def make_folder(folder: pathlib.Path) -> None:
-    """Makes a folder where there is none. Raises a place that cannot be one -> ValueError."""
+    """Makes a folder where there is none. Raises a place that cannot be one, or be written to -> ValueError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"expected to make the folder {folder}, got {error.strerror}; name another one") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"expected a folder that can be written to, got {folder}; change its mode, or name another one"
+        )
 
 
 def write_weights(
@@ -78,6 +83,11 @@ def write_weights(
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     make_folder(folder)
+    if (folder / ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"expected a folder without a PEFT adapter, got one with {ADAPTER_CONFIG} in {folder}, which other tools "
+            "would put on top of the model; name another folder, or remove the adapter"
+        )
     for name, keys in zip(names, shards, strict=True):
         write_tensors(folder / f"{name}.partial", {key: tensor(key) for key in keys})
     index = {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from hptjax.models.folder_config import ADAPTER_CONFIG, family
+from hptjax.models.folder_config import ADAPTER_CONFIG, CONFIG_FILE, family
 from hptjax.models.folder_files import StoredTensor, shown
 from hptjax.models.folder_write import as_saved, make_folder, saved_dtype, write_json, write_tensors
 from hptjax.models.lora import adapter_shapes
@@ -87,6 +87,11 @@ def save_adapter(
     """
     folder, stored = pathlib.Path(path), saved_dtype(dtype)
     make_folder(folder)
+    if (folder / CONFIG_FILE).exists():
+        raise ValueError(
+            f"expected a folder without a model, got one with {CONFIG_FILE} in {folder}, which the adapter would "
+            "be put on top of; name another folder"
+        )
     tensors = {}
     for key, (name, factor, layer) in _keys(config, shape.targets).items():
         value = np.asarray(adapters["layers"][name][factor][layer])
