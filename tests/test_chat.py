@@ -12,6 +12,8 @@ import transformers.utils.chat_template_utils as rendering
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hptjax.build.prompts import turn_prompts
+from hptjax.config import Config, PromptConfig
 from hptjax.data.chat import (
     TemplateRefusal,
     answer_parts,
@@ -21,7 +23,9 @@ from hptjax.data.chat import (
     prompt_render,
     template_digest,
 )
+from hptjax.data.prompts import chat_prompt_writer, chat_writer
 from hptjax.data.tokenizer import decode, encode_rendered, has_specials, load_tokenizer, special_ids
+from hptjax.records import Example
 from tests.chat_templates import BAD, CHAT, GENERATES, GOOD, OPENED, PLAIN, byte_tokenizer
 
 DAY = datetime.date(2024, 7, 26)
@@ -133,6 +137,43 @@ def test_chat_row_that_the_template_refuses_or_garbles_is_told_from_the_others(t
         with pytest.raises(TemplateRefusal) as refused:
             answer_parts(template, turns, answer)
         assert refused.value.reason == reason
+
+
+def test_chat_prompt_that_leaves_turns_or_tools_out_is_refused(tmp_path):
+    """A template for which system turns, or tools, do not exist says nothing of it."""
+    deaf = PLAIN.replace(
+        "{%- for message in messages -%}", "{%- for message in messages if message.role != 'system' -%}"
+    )
+    byte_tokenizer(tmp_path, deaf + GENERATES)
+    tokenizer = load_tokenizer(tmp_path)
+    turns = [{"role": "system", "content": "Be brief."}, user(" Q ")]
+    for write in (
+        chat_writer(tokenizer, open_template(tokenizer, date=DAY, stop_ids=STOPS)),
+        chat_prompt_writer(tokenizer, prompt_render(tokenizer, date=DAY)),
+    ):
+        for said, tools, demonstration in ((turns, (), "A"), (turns, (), ""), (turns[1:], TOOLS, "A")):
+            with pytest.raises(TemplateRefusal) as refused:
+                write(Example(0, "", demonstration, {}, "", messages=tuple(said), tools=tools))
+            assert refused.value.reason == "template_changed"
+        assert write(Example(0, "", "A", {}, "", messages=tuple(turns[1:]))).demonstration == "A"
+    config = Config(prompt=PromptConfig(system="Be brief."))
+    with pytest.raises(ValueError, match=r"renders what the system says.*change prompt\.system"):
+        turn_prompts(config, tokenizer, STOPS)
+
+
+def test_chat_stop_token_may_be_a_piece_of_text(tmp_path):
+    byte_tokenizer(tmp_path, PLAIN.replace("[end]", "") + GENERATES)
+    tokenizer = load_tokenizer(tmp_path)
+    (newline,) = tokenizer.encode("\n")
+    found = open_template(tokenizer, date=DAY, stop_ids=frozenset({EOS, newline}))
+    assert (found.stop, found.after, found.stop_tokens.tolist()) == ("\n", "", [newline])
+
+
+def test_plain_prompt_asks_for_a_bos_only_where_there_is_one(tmp_path):
+    byte_tokenizer(tmp_path, None, bos=None)
+    config = Config(prompt=PromptConfig(template="plain", bos=True))
+    with pytest.raises(ValueError, match=r"prompt\.bos"):
+        turn_prompts(config, load_tokenizer(tmp_path), STOPS)
 
 
 # No day changes it

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from hptjax.config import Config, PromptConfig
-from hptjax.data.chat import ChatTemplate, open_template, prompt_render, template_digest
+from hptjax.data.chat import (
+    QUESTION,
+    ChatTemplate,
+    TemplateRefusal,
+    open_template,
+    prompt_render,
+    template_digest,
+)
 from hptjax.data.prompts import (
     Encode,
     Write,
@@ -62,6 +69,11 @@ def turn_prompts(config: Config, tokenizer: Any, stop_ids: frozenset[int]) -> Pr
     eos, bos = _ends(tokenizer)
     prompt = config.prompt
     if prompt.template == "plain":
+        if prompt.bos and not bos:
+            raise ValueError(
+                f"expected a tokenizer with a bos token for prompt.bos, got none in '{tokenizer.name_or_path}'; change "
+                "prompt.bos to false"
+            )
         write = _with_turns(plain_writer(prompt.plain), prompt)
         encode = make_encode(tokenizer, write, start=bos if prompt.bos else [], stop=eos, rendered=False)
         return PromptFormat(encode, _example, {"template": "plain"})
@@ -69,10 +81,12 @@ def turn_prompts(config: Config, tokenizer: Any, stop_ids: frozenset[int]) -> Pr
     if prompt.end == "eos":
         render = prompt_render(tokenizer, date=date)
         write = _with_turns(chat_prompt_writer(tokenizer, render), prompt)
+        _try_system(write, prompt)
         bound = {"template": "chat", "digest": template_digest(tokenizer, render), "end": "eos"}
         return PromptFormat(make_encode(tokenizer, write, start=[], stop=eos, rendered=True), _example, bound)
     template = open_template(tokenizer, date=date, stop_ids=stop_ids)
     write = _with_turns(chat_writer(tokenizer, template), prompt)
+    _try_system(write, prompt)
     record: dict[str, Any] = {
         "template": "chat",
         "digest": template.digest,
@@ -91,6 +105,16 @@ def _ends(tokenizer: Any) -> tuple[np.ndarray, list[int]]:
 
 def _with_turns(write: Write, prompt: PromptConfig) -> Write:
     return lambda example: write(with_turns(example, system=prompt.system, suffix=prompt.suffix))
+
+
+def _try_system(write: Write, prompt: PromptConfig) -> None:
+    """Raises ValueError where the template does not render `prompt.system`, which every question has."""
+    try:
+        write(_example(str(QUESTION["content"])))
+    except TemplateRefusal as refusal:
+        if prompt.system:
+            raise ValueError(f"{refusal} (change prompt.system; '' is none)") from None
+        raise
 
 
 def _example(said: str, *, turns: bool = True) -> Example:

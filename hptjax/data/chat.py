@@ -179,6 +179,29 @@ def pinned_render(tokenizer: Tokenizer, date: datetime.date) -> Render:
     return render
 
 
+def check_prompt(render: Render, prompt: str, messages: Sequence[Message], tools: Sequence[Any] = ()) -> None:
+    """Nothing, where a rendered prompt says what its turns say: a template may leave whole turns out without a word.
+
+    Looked for are the texts of system, developer and user, white space aside, and that there are tools at all. Answers
+    before the last question may lose their reasoning.
+    Raises TemplateRefusal "template_changed".
+    """
+    said = _squeezed(prompt)
+    for message in messages:
+        if message["role"] in ("system", "developer", "user") and _squeezed(message["content"]) not in said:
+            raise TemplateRefusal(
+                "template_changed",
+                f"expected a chat template that renders what the {message['role']} says, got {prompt[:200]!r} without "
+                f"{message['content'][:80]!r}; change the template, or leave such turns out",
+            )
+    if tools and prompt == render(messages, generation_prompt=True):
+        raise TemplateRefusal(
+            "template_changed",
+            f"expected a chat template that renders tools, got {prompt[:200]!r} with and without them; change the "
+            "template, or leave the tools out",
+        )
+
+
 def answer_parts(
     template: ChatTemplate, before: Sequence[Message], answer: str, tools: Sequence[Any] = ()
 ) -> tuple[str, str]:
@@ -280,8 +303,17 @@ def _stop(tokenizer: Tokenizer, end: str, stop_ids: frozenset[int]) -> tuple[str
             f"expected a chat template that ends an answer with a token that stops sampling, one of {known}, got "
             f"{end!r} (tokens {tokens.tolist()}); {add}, or set prompt.end to 'eos'"
         )
-    token = tokenizer.convert_ids_to_tokens(int(tokens[places[0]]))
-    return end[: end.index(token) + len(token)], tokens[: places[0] + 1]
+    stop = tokens[: places[0] + 1]
+    token = tokenizer.convert_ids_to_tokens(int(stop[-1]))
+    if token in end:
+        return end[: end.index(token) + len(token)], stop
+    said = tokenizer.decode(stop.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if end.startswith(said):  # a piece of text, a line break say, which a vocabulary spells in its own way
+        return said, stop
+    raise ValueError(
+        f"expected a chat template that ends an answer with a stop token of its own, got {end!r}, in which token "
+        f"{int(stop[-1])} is {said!r} with what is before it; change the template, or set prompt.end to 'eos'"
+    )
 
 
 def _assistant(content: str) -> Message:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from hptjax.data.chat import ChatTemplate, Message, Render, TemplateRefusal, answer_parts
+from hptjax.data.chat import ChatTemplate, Message, Render, TemplateRefusal, answer_parts, check_prompt
 from hptjax.data.tokenizer import Tokenizer, encode_many, has_specials
 from hptjax.records import Example, Question
 
@@ -50,9 +50,10 @@ def chat_writer(tokenizer: Tokenizer, template: ChatTemplate) -> Write:
     def write(example: Example) -> Example:
         _refuse_specials(tokenizer, example)
         if not example.demonstration:
-            prompt = template.render(example.messages, example.tools, generation_prompt=True)
-            return dataclasses.replace(example, prompt=prompt)
-        prompt, body = answer_parts(template, example.messages, example.demonstration, example.tools)
+            prompt, body = template.render(example.messages, example.tools, generation_prompt=True), ""
+        else:
+            prompt, body = answer_parts(template, example.messages, example.demonstration, example.tools)
+        check_prompt(template.render, prompt, example.messages, example.tools)
         return dataclasses.replace(example, prompt=prompt, demonstration=body)
 
     return write
@@ -67,6 +68,7 @@ def chat_prompt_writer(tokenizer: Tokenizer, render: Render) -> Write:
     def write(example: Example) -> Example:
         _refuse_specials(tokenizer, example)
         prompt = render(example.messages, example.tools, generation_prompt=True)
+        check_prompt(render, prompt, example.messages, example.tools)
         return dataclasses.replace(example, prompt=prompt, demonstration=_continued(prompt, example.demonstration))
 
     return write
