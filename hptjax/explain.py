@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -72,7 +73,7 @@ def known_here(config: Config) -> tuple[Config, list[str]]:
     model, data, unknown = config.model, config.data, []
     if model.path is None and model.preset is not None and model.tokenizer is None:
         unknown.append(f"no model.path is set: the sizes are those of model.preset '{model.preset}'")
-    elif model.path is not None and model.preset is not None and not (pathlib.Path(model.path) / CONFIG_FILE).is_file():
+    elif model.path is not None and model.preset is not None and not os.path.isfile(f"{model.path}/{CONFIG_FILE}"):
         unknown.append(f"'{model.path}' holds no {CONFIG_FILE}: the sizes are those of model.preset '{model.preset}'")
         config = dataclasses.replace(config, model=dataclasses.replace(model, path=None))
     if data.files:
@@ -260,7 +261,7 @@ def folder_shape(config: Config) -> DecoderConfig:
 def _vocabulary(folder: pathlib.Path) -> int:
     """Tokens of the tokenizer in a folder, read from its file alone."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(
             f"expected '{path}', found no such file; change model.tokenizer (Hugging Face folder layout)."
         )

@@ -53,6 +53,8 @@ def short(folder: Path, **changes) -> Config:
     [
         ({"model__tokenizer": "nowhere"}, ["expected a tokenizer", "nowhere", "model."]),
         ({"model__path": "nowhere"}, ["expected config.json in nowhere", "model.path"]),
+        ({"model__path": "x" * 5000}, ["expected config.json in xxx", "model.path"]),
+        ({"model__tokenizer": "x" * 5000}, ["expected a tokenizer", "in xxx", "model."]),
         ({"data__max_prompt_tokens": 4}, ["prompt_too_long': 40", "change data.max_prompt_tokens (4)"]),
         ({"rollout__max_completion_tokens": 3}, ["demonstration_too_long': 40", "rollout.max_completion_tokens (3)"]),
         ({"task__instances": 2}, ["at least one question in the", "got none out of 2", "task.instances"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
       stop token -> ValueError.
     """
     folder = Path(folder)
-    if not (folder / "tokenizer_config.json").is_file():
+    if not os.path.isfile(folder / "tokenizer_config.json"):  # pathlib raises where a name is too long
         raise FileNotFoundError(
             f"expected a tokenizer (tokenizer_config.json, tokenizer.json) in {folder}, found none; set model.path "
             f"or model.tokenizer to a Hugging Face folder on this machine"

@@ -45,7 +45,7 @@ def read_shape(path: str | os.PathLike[str]) -> tuple[DecoderConfig, Sequence[Ch
     Raises no `config.json` -> FileNotFoundError; one that this decoder cannot follow -> ValueError naming the folder.
     """
     folder = pathlib.Path(path)
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_FILE).is_file():
+    if os.path.isfile(folder / ADAPTER_CONFIG) and not os.path.isfile(folder / CONFIG_FILE):
         raise ValueError(
             f"expected a model folder, got the PEFT adapter '{folder}'; name it lora.adapter, and its model model.path"
         )
@@ -180,7 +180,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
     Raises no such file -> FileNotFoundError; no JSON object in UTF-8 -> ValueError.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib raises where a name is too long
         raise FileNotFoundError(f"expected {path.name} in {path.parent}, found none; change model.path")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -63,7 +63,7 @@ def read_adapter_shape(path: str | os.PathLike[str]) -> AdapterShape:
     -> ValueError that names the field.
     """
     file = pathlib.Path(path) / ADAPTER_CONFIG
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise FileNotFoundError(f"expected {ADAPTER_CONFIG} in {file.parent}, found none; change lora.adapter")
     raw = read_json(file)
     for field, value in raw.items():
