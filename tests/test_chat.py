@@ -156,9 +156,12 @@ def test_chat_prompt_that_leaves_turns_or_tools_out_is_refused(tmp_path):
                 write(Example(0, "", demonstration, {}, "", messages=tuple(said), tools=tools))
             assert refused.value.reason == "template_changed"
         assert write(Example(0, "", "A", {}, "", messages=tuple(turns[1:]))).demonstration == "A"
-    config = Config(prompt=PromptConfig(system="Be brief."))
-    with pytest.raises(ValueError, match=r"renders what the system says.*change prompt\.system"):
-        turn_prompts(config, tokenizer, STOPS)
+    for prompt, words in (
+        (PromptConfig(system="Be brief."), r"renders what the system says.*change prompt\.system;"),
+        (PromptConfig(suffix=" [end]"), r"without special tokens written out.*change prompt\.suffix;"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            turn_prompts(Config(prompt=prompt), tokenizer, STOPS)
 
 
 def test_chat_stop_token_may_be_a_piece_of_text(tmp_path):

@@ -81,12 +81,12 @@ def turn_prompts(config: Config, tokenizer: Any, stop_ids: frozenset[int]) -> Pr
     if prompt.end == "eos":
         render = prompt_render(tokenizer, date=date)
         write = _with_turns(chat_prompt_writer(tokenizer, render), prompt)
-        _try_system(write, prompt)
+        _try_out(write, prompt)
         bound = {"template": "chat", "digest": template_digest(tokenizer, render), "end": "eos"}
         return PromptFormat(make_encode(tokenizer, write, start=[], stop=eos, rendered=True), _example, bound)
     template = open_template(tokenizer, date=date, stop_ids=stop_ids)
     write = _with_turns(chat_writer(tokenizer, template), prompt)
-    _try_system(write, prompt)
+    _try_out(write, prompt)
     record: dict[str, Any] = {
         "template": "chat",
         "digest": template.digest,
@@ -107,13 +107,14 @@ def _with_turns(write: Write, prompt: PromptConfig) -> Write:
     return lambda example: write(with_turns(example, system=prompt.system, suffix=prompt.suffix))
 
 
-def _try_system(write: Write, prompt: PromptConfig) -> None:
-    """Raises ValueError where the template does not render `prompt.system`, which every question has."""
+def _try_out(write: Write, prompt: PromptConfig) -> None:
+    """Raises ValueError where no question can be put with `prompt.system` and `prompt.suffix`, which each one has."""
     try:
         write(_example(str(QUESTION["content"])))
     except TemplateRefusal as refusal:
-        if prompt.system:
-            raise ValueError(f"{refusal} (change prompt.system; '' is none)") from None
+        fields = {"prompt.system": prompt.system, "prompt.suffix": prompt.suffix}
+        if given := [name for name, said in fields.items() if said]:
+            raise ValueError(f"{refusal} (change {' or '.join(given)}; '' is none)") from None
         raise
 
 
