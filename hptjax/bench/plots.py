@@ -11,6 +11,7 @@ from hptjax.bench.series import MEMORY, SERIES, Series
 from hptjax.bench.table import points_of, x_of, y_of
 
 COLUMNS = 3
+ROOM = 1.8  # of the memory's axis over its largest value: the legend stands there
 
 
 def plot_growth(records: Sequence[Record], path: Path) -> None:
@@ -46,9 +47,10 @@ def _draw(ax: Any, series: Series, points: Sequence[Record]) -> None:
     ax.set_xticks(xs, [f"{x:,.0f}" if x < 10_000 else f"{x / 1e6:.2g} M" for x in xs])
     ax.xaxis.set_minor_locator(_no_ticks())
     memory = ax.twinx()
-    memory.plot(xs, [y_of(one, MEMORY) for one in points], color="tab:red", ls=":", marker="x", ms=4, label="memory")
+    peaks = [y_of(one, MEMORY) or 0.0 for one in points]
+    memory.plot(xs, peaks, color="tab:red", ls=":", marker="x", ms=4, label="memory")
     memory.set_ylabel("peak MiB", color="tab:red")
-    memory.set_ylim(bottom=0)
+    memory.set_ylim(0, ROOM * max(peaks))
     memory.tick_params(axis="y", labelcolor="tab:red")
     ax.legend(fontsize=7, loc="upper left")
 
