@@ -131,9 +131,26 @@ def oversleep() -> None:
     time.sleep(6)
 
 
-def full_disk() -> None:
-    """From here on no file of this process grows past some bytes; writes fail, as they do on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+@contextlib.contextmanager
+def full_disk(step: int) -> Iterator[None]:
+    """From a step on no file of one process grows past some bytes; writes fail, as they do on a full disk.
+
+    The save that is still being written then is seen to its end before.
+    """
+    save, saved = Checkpoints.save, []
+
+    def noted(checkpoints, *arguments, **options):
+        saved.append(checkpoints.folder / str(len(saved)))
+        save(checkpoints, *arguments, **options)
+
+    def fill() -> None:
+        while not saved[-1].exists():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+
+    with pytest.MonkeyPatch.context() as patch, at_step(step, fill):
+        patch.setattr(Checkpoints, "save", noted)
+        yield
 
 
 @contextlib.contextmanager
@@ -172,7 +189,7 @@ FAULTS: dict[str, Callable[[], list[contextlib.AbstractContextManager]]] = {
     "late": lambda: [short_limit(), at_step(1, oversleep)],
     "stop": lambda: [dead_worker(2), at_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))],
     "kill": lambda: [at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL))],
-    "full": lambda: [at_step(1, full_disk)],
+    "full": lambda: [full_disk(1)],
     "stuck": lambda: [short_limit(), before_last_micro_batch(1, lambda: time.sleep(1000))],
     "kill_inside": lambda: [before_last_micro_batch(1, lambda: os.kill(os.getpid(), signal.SIGKILL))],
     "freeze": lambda: [short_limit(), at_step(1, lambda: os.kill(os.getpid(), signal.SIGSTOP))],

@@ -260,9 +260,7 @@ def test_rollouts_of_adapters_hold_the_merged_matrices_as_int8(tmp_path):
     ]
     model = build_functions(config, policy.config, policy.mesh)
     whole = make_engine(
-        prefill=model.prefill,
-        decode_step=model.decode_step,
-        unembedding=model.unembedding,
+        **model.sampler,
         **vars(decode_shape(config, policy.config.vocab_size, 1)),
         pad_id=0,
     )
