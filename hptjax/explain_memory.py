@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from hptjax.build.frozen import reads_start
 from hptjax.build.mesh import check_mesh, rollout_rules, training_rules
 from hptjax.build.sampler import decode_shape
 from hptjax.config import Config
@@ -110,7 +111,7 @@ def held(config: Config, shape: DecoderConfig) -> list[Held]:
     bytes_per_entry = positions * compute_bytes
     rows += [
         Held(f"{of}, fp32", fp32, fp32_device),
-        Held(f"{of} at the start (KL reference)", fp32, fp32_device),
+        *([Held(f"{of} at the start (KL reference)", fp32, fp32_device)] if reads_start(config) else []),
         Held(
             "optimizer (two moments), fp32" + (", on the host" if away else ""),
             2 * fp32,

@@ -226,8 +226,10 @@ def test_explain_bytes_of_adapters_by_hand():
     assert rows["adapters, fp32"].whole == 4 * 28 * 8 * (1536 + 1536 + 8960 + 1536)
     # q: A over fsdp, B over tensor; down: A over tensor, B over fsdp
     device = 4 * 28 * 8 * (1536 + 1536 + 8960 + 1536) / 2
+    kept = by_name(changed(config, lora__rank=8, lora__targets=("q_proj", "down_proj"), hpt__kl_coefficient=0.01))
+    assert kept.keys() - rows.keys() == {"adapters at the start (KL reference)"}  # without a KL nobody reads them
     for name in ("adapters, fp32", "adapters at the start (KL reference)", "accumulator, fp32"):
-        assert rows[name].device == device
+        assert kept[name].device == device
     assert rows["optimizer (two moments), fp32"].device == 2 * device
     whole = by_name(config)
     assert rows["the model, bfloat16"].device < 0.51 * whole["parameters, fp32"].device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -12,9 +13,13 @@ import numpy as np
 import pytest
 
 import hptjax.sharding.host
+from hptjax import explain_memory
+from hptjax.build import run as build_run
 from hptjax.build.parts import open_parts
 from hptjax.build.stages import build_stages
+from hptjax.config import TrainConfig
 from hptjax.hpt.gate import demonstration_sample
+from hptjax.model_shape import decoder_shape
 from hptjax.records import Sample, SampleId, Source
 from tests import tiny
 
@@ -232,3 +237,23 @@ def test_stages_run_one_after_the_other_through_the_same_loop(tmp_path):
     assert [row["hpt/gate_sft_frac"] for row in steps] == [1, 1, 0, 0]
     assert [row["batch/rollouts"] for row in steps] == [0, 0, 24, 24]
     assert [row["train/optimizer_step"] for row in steps] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.01])
+def test_weights_at_the_start_stay_only_where_a_kl_reads_them(tmp_path, monkeypatch, kl_coefficient):
+    config = tiny.tiny_config(tmp_path, train=TrainConfig(steps=1, eval_every=0, rollouts_every=0, panel_questions=0))
+    config = dataclasses.replace(config, hpt=dataclasses.replace(config.hpt, kl_coefficient=kl_coefficient))
+    opened, held = [], {row.name for row in explain_memory.held(config, decoder_shape(config, lambda: 30))}
+    whole = build_run.open_parts
+
+    @contextlib.contextmanager
+    def spied(config):
+        with whole(config) as parts:
+            opened.append(parts)
+            yield parts
+
+    monkeypatch.setattr(build_run, "open_parts", spied)
+    tiny.train(config)
+    gone = {leaf.is_deleted() for leaf in jax.tree.leaves(opened[0].policy.params)}
+    assert gone == {kl_coefficient == 0.0}
+    assert ("parameters at the start (KL reference)" in " ".join(held)) == (kl_coefficient > 0)

@@ -124,7 +124,8 @@ def shared_programs(config: Config) -> Iterator[tuple[build_parts.Parts, list[St
                 for s in stages
             ]
 
-        with mock.patch.multiple(build_run, open_parts=same_parts, build_stages=same_stages):
+        kept = {"reads_start": lambda config: True}  # the weights of the start: the next run begins with them too
+        with mock.patch.multiple(build_run, open_parts=same_parts, build_stages=same_stages, **kept):
             yield parts, stages
 
 

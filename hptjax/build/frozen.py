@@ -11,8 +11,10 @@ import jax
 import numpy as np
 
 from hptjax.build.adapters import BASE
+from hptjax.build.method import chosen_method, needs_of
 from hptjax.build.policy import Policy, build_functions
 from hptjax.config import Config
+from hptjax.config_batch import stage_list
 from hptjax.hpt.assemble import assemble
 from hptjax.hpt.gate import demonstration_sample
 from hptjax.hpt.terms import Term
@@ -94,6 +96,13 @@ def add_frozen(
         return None
     return lambda micro_batch: dataclasses.replace(
         micro_batch, **{name: scorer(micro_batch) for name, scorer in scorers.items()}
+    )
+
+
+def reads_start(config: Config) -> bool:
+    """Whether a stage reads log-probs of the policy as the run starts, so that those weights must stay."""
+    return config.model.reference == "start" and any(
+        Need.REFERENCE_LOGPROBS in needs_of(config, chosen_method(config, stage.method)) for stage in stage_list(config)
     )
 
 

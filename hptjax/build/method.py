@@ -68,11 +68,9 @@ class Recipe:
 def build_recipe(config: Config, name: MethodName, questions_per_step: int) -> Recipe:
     """The recipe of a stage. Raises ValueError where what the method needs is not there, with all that is missing."""
     hpt = config.hpt
-    method = METHODS[name](options(config))
-    parts = (*(_with_choices(part, config) for part in method.parts if part.name != "kl"), *_beside(config, method))
-    method = dataclasses.replace(method, parts=parts)
-    penalty = hpt.kl_coefficient or 0.0 if hpt.kl_in == "reward" and _has_rl(method) else 0.0
-    needs = all_needs(method) | (frozenset({Need.REFERENCE_LOGPROBS}) if penalty else frozenset())
+    method = chosen_method(config, name)
+    parts, penalty = method.parts, _reward_penalty(config, method)
+    needs = needs_of(config, method)
     check_needs(config, name, needs)
     rows = [part.row for part in parts if isinstance(part.row, Estimator)]
     scores = config.train.updates_per_rollout_batch > 1 and any(row.reads_rollout_logprobs for row in rows)
@@ -119,6 +117,19 @@ def build_recipe(config: Config, name: MethodName, questions_per_step: int) -> R
         needs=needs,
         partition=logical_partition(hpt.ranks, hpt.logical_micro_tokens) if hpt.preset == "official" else None,
     )
+
+
+def chosen_method(config: Config, name: MethodName) -> Method:
+    """A method's row, with the config's penalties and bonuses beside its own parts."""
+    method = METHODS[name](options(config))
+    own = [_with_choices(part, config) for part in method.parts if part.name != "kl"]
+    return dataclasses.replace(method, parts=(*own, *_beside(config, method)))
+
+
+def needs_of(config: Config, method: Method) -> frozenset[Need]:
+    """What the parts of a chosen method, and a KL in the reward, read beside the policy and a reward."""
+    penalised = _reward_penalty(config, method) != 0.0
+    return all_needs(method) | (frozenset({Need.REFERENCE_LOGPROBS}) if penalised else frozenset())
 
 
 def options(config: Config) -> Options:
@@ -192,6 +203,10 @@ def _refinements(method: Method, hpt: HptConfig) -> list[Refinement]:
             whole = hpt.sampler_correction == "sequence_tis"
             chosen.append(mean_one(cap=hpt.correction_cap, whole_sequence=whole))
     return chosen
+
+
+def _reward_penalty(config: Config, method: Method) -> float:
+    return config.hpt.kl_coefficient or 0.0 if config.hpt.kl_in == "reward" and _has_rl(method) else 0.0
 
 
 def _has_rl(method: Method) -> bool:
