@@ -8,7 +8,7 @@ import typing
 import numpy as np
 import pytest
 
-from hptjax.build import stages
+from hptjax.build import step as build_step
 from hptjax.build.method import REMEDY, build_recipe, met_needs, options
 from hptjax.build.policy import build_policy
 from hptjax.config_methods import (
@@ -90,7 +90,7 @@ def test_method_trains_and_compiles_the_train_step_once(folder, other_model, nam
         steps.append(jit_step(*arguments))
         return steps[-1]
 
-    monkeypatch.setattr(stages, "jit_step", noted)
+    monkeypatch.setattr(build_step, "jit_step", noted)
     config = config_of(folder, name, other_model)
     tiny.train(config)
     assert [step.__wrapped__._cache_size() for step in steps] == [1]

@@ -124,7 +124,7 @@ def shared_programs(config: Config) -> Iterator[tuple[build_parts.Parts, list[St
                 for s in stages
             ]
 
-        kept = {"reads_start": lambda config: True}  # the weights of the start: the next run begins with them too
+        kept = {"let_go_of_start": lambda config, policy: None}  # the next run begins with these weights too
         with mock.patch.multiple(build_run, open_parts=same_parts, build_stages=same_stages, **kept):
             yield parts, stages
 

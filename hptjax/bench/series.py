@@ -119,12 +119,12 @@ SERIES: tuple[Series, ...] = (
         counted="parameters",
         figures=STEP,
         settings=lambda sizes, point: step_settings(sizes, hidden=point),
-        expected="time at most in proportion, and less while a model is so small that fixed costs count; 20 bytes of "
-        "memory per parameter that stay (weights as the run started and as they are, the gradient's sum, two moments), "
-        "and up to four copies more while an update is made.",
+        expected="time at most in proportion, and less while a model is so small that fixed costs count; 16 bytes of "
+        "memory per parameter that stay (weights, the gradient's sum, two moments), and up to four copies more while "
+        "an update is made.",
         fits=(
             Fit("exponent of the time, from {first} to {last}", fit.exponent, "step", 0.3, 1.1, first=1),
-            Fit("bytes per parameter, between {first} and {last}", fit.slope, MEMORY, 20.0, 36.0, scale=2.0**20),
+            Fit("bytes per parameter, between {first} and {last}", fit.slope, MEMORY, 16.0, 32.0, scale=2.0**20),
         ),
     ),
     Series(

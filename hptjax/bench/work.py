@@ -17,6 +17,7 @@ import numpy as np
 
 from hptjax.bench.sizes import SPECIALS
 from hptjax.build.data import request_maker
+from hptjax.build.frozen import let_go_of_start
 from hptjax.build.parts import open_parts
 from hptjax.build.policy import build_policy
 from hptjax.build.stages import build_stages
@@ -65,6 +66,7 @@ def time_steps(config: Config, folder: Path, *, warm: int, on_warm: Mark) -> tup
         )
         world = dataclasses.replace(world, traced=traced, evaluate=lambda step, params: {})
         state = stages[0].start({"policy": parts.policy.params}, None)
+        let_go_of_start(config, parts.policy)
         run(stages, state, Progress(evaluated=0), world, build_cadence(config))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(parts.policy.params))
     timed = [row for row in rows if "perf/time_per_step" in row][warm:]

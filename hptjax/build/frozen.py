@@ -106,6 +106,12 @@ def reads_start(config: Config) -> bool:
     )
 
 
+def let_go_of_start(config: Config, policy: Policy) -> None:
+    """Frees the weights as the run starts, once the state has its own copy, where no stage reads them."""
+    if not reads_start(config):
+        jax.tree.map(lambda leaf: leaf.delete(), policy.params)
+
+
 def _reference(
     config: Config, policy: Policy, reference: str, own_score: Callable[[Params, MicroBatch], Any]
 ) -> Scorer:

@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from hptjax.build.frozen import reads_start
+from hptjax.build.frozen import let_go_of_start
 from hptjax.build.mesh import offer_cpu_devices
 from hptjax.build.opening import data_record, notes, opening_line
 from hptjax.build.parts import Parts, fingerprint, open_parts
@@ -118,8 +116,7 @@ def _train(
         fingerprint=fingerprint(parts),
     ) as checkpoints:
         state, progress = _start_or_resume(parts, stages, checkpoints, questions)
-        if not reads_start(config):  # the state has its own copy
-            jax.tree.map(lambda leaf: leaf.delete(), parts.policy.params)
+        let_go_of_start(config, parts.policy)
         seconds_before = progress.counters.get("seconds", 0.0)
 
         def seconds() -> float:
