@@ -2,7 +2,8 @@
 
 Sizes, weights, data and records are those of the harness (`common.py`), whose folder $PEER_BENCH names. It times
 the product: `gen` the rollout engine, `train` assembly and the accumulated update with all its evidence, `grpo` and
-`hpt` whole steps of `hptjax train` with reward workers, metrics and ledger.
+`hpt` whole steps of the training loop with reward workers and metrics, without evaluations and checkpoints, of which
+the peers make none either.
 
     grpo   8 prompts x 8 rollouts of 128 tokens, KL to a reference model (beta 0.04), one update; as the peers
     hpt    the same rollouts, half of the questions never solved, so that their demonstration is learned from; no
@@ -29,9 +30,8 @@ OPTIONS = common.args()
 RECORD = common.Rec("hptjax" + OPTIONS.variant, OPTIONS.task, OPTIONS.size, accum=OPTIONS.accum)
 SHAPE = common.cfg(OPTIONS.size)
 
-import hptjax.build.parts as build_parts  # noqa: E402
+from hptjax.bench.work import run_steps  # noqa: E402
 from hptjax.build.policy import Policy, build_policy  # noqa: E402
-from hptjax.build.run import train  # noqa: E402
 from hptjax.build.stages import build_stage  # noqa: E402
 from hptjax.config import Config, StageConfig  # noqa: E402
 from hptjax.config_text import build  # noqa: E402
@@ -40,6 +40,7 @@ from hptjax.hpt.gate import demonstration_sample  # noqa: E402
 from hptjax.records import Example, Question, Request, SampleId  # noqa: E402
 
 FIRST = 3  # ids below are special in the tokenizer, and never in the data
+REMAT = {"XS": "none", "S": "full", "M": "full"}  # of the GRPO and HPT steps: what layers keep for the backward pass
 HARD = 2  # every HARD-th question is never solved
 
 
@@ -192,6 +193,7 @@ def time_steps(folder: Path) -> None:
             "max_prompt_tokens": common.PROMPT,
             "questions_per_step": common.GRPO_PROMPTS,
         },
+        model={"remat": REMAT[OPTIONS.size]},
         prompt={"template": "plain"},
         reward={"functions": [{"name": "hptjax_peer_reward:reward"}]},
         batch={
@@ -206,12 +208,8 @@ def time_steps(folder: Path) -> None:
         hpt={} if hpt else {"kl_coefficient": OPTIONS.beta},
     )
     config = dataclasses.replace(config, method="hpt" if hpt else "grpo")
-    build_parts.build_policy = endless_policy  # type: ignore[assignment]
-    train(config, quiet=True)
-    lines = [json.loads(line) for line in (folder / "runs" / "peer" / "metrics.jsonl").read_text().splitlines()]
-    measured = [line for line in lines if "perf/time_per_step" in line]
-    RECORD.d["cold_s"] = round(measured[0]["time_s"] - common.T0, 3)
-    names = {"rollout": ["rollout"], "ref": ["score", "frozen"], "update": ["update"], "reward": ["reward"]}
+    measured = run_steps(config, folder, warm=1, on_warm=RECORD.first_done)
+    names = {"rollout": ["rollout"], "ref": ["score", "reference"], "update": ["update"], "reward": ["reward"]}
     split = {
         name: [sum(line.get(f"timing_s/{part}", 0.0) for part in parts) for line in measured[1:]]
         for name, parts in names.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,29 @@ def nothing(*arguments: Any, **keywords: Any) -> None:
 
 
 def time_steps(config: Config, folder: Path, *, warm: int, on_warm: Mark) -> tuple[dict[str, list[float]], dict]:
-    """Seconds of the steps after the first `warm` ones, by phase, and counts of the last one.
+    """Seconds of the steps after the first `warm` ones, by phase, and counts of the last one."""
+    timed = run_steps(config, folder, warm=warm, on_warm=on_warm)[warm:]
+    seconds = {"step": [float(row["perf/time_per_step"]) for row in timed]}
+    for name in ("rollout", "update"):
+        if f"timing_s/{name}" in timed[-1]:
+            seconds[name] = [float(row[f"timing_s/{name}"]) for row in timed]
+    names = {
+        "parameters": "parameters",
+        "micro_batches": "batch/micro_batches",
+        "rollouts": "batch/rollouts",
+        "trained_rows": "batch/live_rows",
+        "generated_tokens": "perf/generated_tokens",
+        "trained_tokens": "perf/trained_tokens",
+    }
+    return seconds, {name: int(timed[-1][key]) for name, key in names.items()}
+
+
+def run_steps(config: Config, folder: Path, *, warm: int, on_warm: Mark) -> list[dict[str, Any]]:
+    """The metrics of each step of the config's run, with `parameters`; `on_warm` is called after the first `warm`.
 
     No token ends a completion, so that all have `rollout.max_completion_tokens`.
     """
-    rows: list[Mapping[str, Any]] = []
+    rows: list[dict[str, Any]] = []
 
     @contextlib.contextmanager
     def traced(step: int) -> Iterator[None]:
@@ -69,19 +87,7 @@ def time_steps(config: Config, folder: Path, *, warm: int, on_warm: Mark) -> tup
         let_go_of_start(config, parts.policy)
         run(stages, state, Progress(evaluated=0), world, build_cadence(config))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(parts.policy.params))
-    timed = [row for row in rows if "perf/time_per_step" in row][warm:]
-    seconds = {"step": [float(row["perf/time_per_step"]) for row in timed]}
-    for name in ("rollout", "update"):
-        if f"timing_s/{name}" in timed[-1]:
-            seconds[name] = [float(row[f"timing_s/{name}"]) for row in timed]
-    names = {
-        "micro_batches": "batch/micro_batches",
-        "rollouts": "batch/rollouts",
-        "trained_rows": "batch/live_rows",
-        "generated_tokens": "perf/generated_tokens",
-        "trained_tokens": "perf/trained_tokens",
-    }
-    return seconds, {"parameters": parameters} | {name: int(timed[-1][key]) for name, key in names.items()}
+    return [{**row, "parameters": parameters} for row in rows if "perf/time_per_step" in row]
 
 
 def time_mixed(

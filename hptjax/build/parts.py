@@ -15,6 +15,7 @@ import numpy as np
 from hptjax.build.data import Questions, build_judge, build_questions, build_task
 from hptjax.build.evaluation import Evaluator, build_evaluator
 from hptjax.build.frozen import with_author_logprobs
+from hptjax.build.heap import trimmed_after_compilations
 from hptjax.build.policy import Policy, build_policy
 from hptjax.build.prompts import build_prompts
 from hptjax.config import Config, resolved
@@ -49,7 +50,10 @@ def open_parts(config: Config) -> Iterator[Parts]:
     policy = build_policy(config)
     phase("preparing the questions")
     task = build_task(config.task)
-    with RewardPool(workers=config.reward.workers, deadline_s=config.reward.deadline_s) as pool:
+    with (
+        RewardPool(workers=config.reward.workers, deadline_s=config.reward.deadline_s) as pool,
+        trimmed_after_compilations(),
+    ):
         prompts = build_prompts(config, policy.tokenizer, policy.stop_ids)
         questions = build_questions(config, task, policy.tokenizer, prompts, pool)
         if config.model.demonstration_author is not None:
