@@ -40,7 +40,9 @@ from hptjax.hpt.gate import demonstration_sample  # noqa: E402
 from hptjax.records import Example, Question, Request, SampleId  # noqa: E402
 
 FIRST = 3  # ids below are special in the tokenizer, and never in the data
-REMAT = {"XS": "none", "S": "full", "M": "full"}  # of the GRPO and HPT steps: what layers keep for the backward pass
+# Of the GRPO and HPT steps: what layers keep for the backward pass, tokens whose logits are held at once, and devices;
+# at M two devices would hold the weights, the sums and the moments twice.
+MEMORY = {"XS": ("none", 2048, 2), "S": ("full", 2048, 2), "M": ("dots_no_batch", 512, 1)}
 HARD = 2  # every HARD-th question is never solved
 
 
@@ -182,6 +184,7 @@ def time_steps(folder: Path) -> None:
     for number, path in enumerate(held_out):
         path.write_text(json.dumps({"prompt": common.to_text([FIRST + number] * 3), "answer": {"graded": hpt}}) + "\n")
     total = common.PROMPT + common.NEW
+    remat, chunk, parts = MEMORY[OPTIONS.size]
     os.chdir(Path(__file__).parent)  # where the reward's module lies
     config = make_config(
         folder,
@@ -193,7 +196,8 @@ def time_steps(folder: Path) -> None:
             "max_prompt_tokens": common.PROMPT,
             "questions_per_step": common.GRPO_PROMPTS,
         },
-        model={"remat": REMAT[OPTIONS.size]},
+        model={"remat": remat, "logprob_chunk_tokens": chunk},
+        mesh={"data": min(devices(), parts)},
         prompt={"template": "plain"},
         reward={"functions": [{"name": "hptjax_peer_reward:reward"}]},
         batch={
