@@ -22,6 +22,7 @@ import hptjax.build.parts as build_parts
 import hptjax.build.run as build_run
 from hptjax.build.data import build_task
 from hptjax.build.evaluation import build_evaluator
+from hptjax.build.stages import build_stages
 from hptjax.config import (
     BatchConfig,
     CheckpointConfig,
@@ -109,7 +110,7 @@ def train(config: Config) -> dict[str, Any]:
 def shared_programs(config: Config) -> Iterator[tuple[build_parts.Parts, list[Stage]]]:
     """Inside the block every run of this config, in any folder, has these compiled programs, and streams of its own."""
     with build_parts.open_parts(config) as parts:
-        stages = build_run.build_stages(config, parts.policy, parts.questions.train)
+        stages = build_stages(config, parts.policy, parts.questions.train)  # not the run's: blocks may be nested
 
         @contextlib.contextmanager
         def same_parts(config: Config) -> Iterator[build_parts.Parts]:
