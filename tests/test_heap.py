@@ -1,12 +1,15 @@
 """The heap is trimmed after long compilations, inside the block alone, and never where there is no glibc."""
 
 import contextlib
+import platform
 
 import jax
 import numpy as np
 import pytest
 
 from hptjax.build import heap
+from hptjax.build.parts import open_parts
+from tests import tiny
 
 
 def compile_one(factor):
@@ -38,9 +41,22 @@ def test_trim_leaves_short_compilations_alone(trims, monkeypatch):
     assert trims == []
 
 
-def test_trim_of_this_system_can_be_called_or_is_left_out(monkeypatch):
+def test_trim_follows_compilations_of_whatever_opens_a_config(tmp_path, trims, monkeypatch):
+    monkeypatch.setattr(heap, "LONG_S", 0.0)
+    monkeypatch.setattr(heap, "_malloc_trim", lambda: lambda: trims.append("inside"))
+    with open_parts(tiny.tiny_config(tmp_path)):
+        trims.clear()
+        compile_one(8.0)
+        assert trims == ["inside"]
+    compile_one(9.0)
+    assert trims == ["inside"]
+
+
+def test_trim_is_there_with_glibc_and_left_out_elsewhere(monkeypatch):
     found = heap._malloc_trim()
-    assert found is None or found() in (0, 1)  # what glibc says: whether anything was given back
+    if platform.libc_ver()[0] == "glibc":
+        assert found is not None
+        assert found() in (0, 1)  # what glibc says: whether anything was given back
     monkeypatch.setattr(heap.sys, "platform", "darwin")
     assert heap._malloc_trim() is None
     with heap.trimmed_after_compilations():

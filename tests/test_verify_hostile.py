@@ -90,12 +90,8 @@ def test_hostile_texts_pass_through_the_pool(pool):
     verdicts = pool.judge(math_strict, completions, [{"answer": "5"}] * len(completions))
     assert all(verdict.solved for verdict in verdicts[1::2])
     reasons = {name: verdict.reason for name, verdict in zip(HOSTILE, verdicts[::2], strict=True)}
-    late = {name for name, reason in reasons.items() if reason == "timeout"}
-    assert "factorial of a power" in late
-    # the deadline is by the clock, and a busy machine may miss it once
-    again = sorted(late - {"factorial of a power", "factorials", "exponents"})
-    verdicts_again = pool.judge(math_strict, [HOSTILE[name] for name in again], [{"answer": "5"}] * len(again))
-    assert "timeout" not in {verdict.reason for verdict in verdicts_again}
+    slow = {name for name, reason in reasons.items() if reason == "timeout"}
+    assert "factorial of a power" in slow <= {"factorial of a power", "factorials", "exponents"}
     assert set(reasons.values()) <= {"exact", "numeric", "wrong", "no_answer", "parse_error", "timeout"}
     assert all(type(verdict.reward) is float for verdict in verdicts)
 
