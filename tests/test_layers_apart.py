@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,28 @@ def test_plain_attention_in_blocks_of_queries_is_the_softmax_over_what_they_may_
         expected[row, position, head] = (weights / weights.sum()) @ value[row, keys, head // 2]
     np.testing.assert_allclose(got, expected, rtol=0, atol=3e-6)
     np.testing.assert_allclose(whole, expected, rtol=0, atol=3e-6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads where Linux lists them")
+@pytest.mark.parametrize(
+    ("size", "said", "threads"),
+    [(2, None, max(6, os.cpu_count() or 1)), (1, None, None), (2, "5", 5)],
+)
+def test_cpu_devices_have_threads_to_wait_in_for_each_other(size, said, threads):
+    """A collective in a loop and one outside it, met in another order by two devices, stopped two threads for ever."""
+    code = (
+        "import dataclasses, jax, pathlib\n"
+        "from hptjax.build.mesh import offer_cpu_devices\n"
+        "from hptjax.config import Config, MeshConfig\n"
+        f"offer_cpu_devices(dataclasses.replace(Config(), mesh=MeshConfig(data={size})))\n"
+        "jax.devices()\n"
+        "tasks = pathlib.Path('/proc/self/task').glob('*/comm')\n"
+        "print(sum(task.read_text().strip() == 'tf_XLAEigen' for task in tasks))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+    environment |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | ({"PJRT_NPROC": said} if said else {})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == (threads or os.cpu_count())
 
 
 @pytest.mark.parametrize(

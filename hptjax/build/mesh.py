@@ -18,6 +18,8 @@ from hptjax.sharding.mesh import make_mesh
 from hptjax.sharding.rules import Rules, axes_that_divide, make_rules, parts
 
 DEVICE_FLAG = "xla_force_host_platform_device_count"
+THREADS = "PJRT_NPROC"  # what jax's CPU client reads for the size of the pool in which all its devices compute
+THREADS_PER_DEVICE = 3
 
 
 def offer_cpu_devices(config: Config) -> None:
@@ -25,8 +27,15 @@ def offer_cpu_devices(config: Config) -> None:
 
     To be called before jax looks for its devices; afterwards it does nothing. Where an accelerator is found they are
     not used. Devices share a batch with less waiting than threads share each operation.
+
+    A collective holds a thread of the pool until the other devices come to the same one, and XLA's CPU runs one inside
+    a loop and one outside in either order. With as many threads as devices, two devices that wait at different ones
+    stop the process; so the pool has a thread for each that may be open at once, of a device: one in a loop, one
+    outside, and one of the program before. A number that the user has set stays.
     """
     wanted = mesh_devices(config)
+    if wanted > 1:
+        os.environ.setdefault(THREADS, str(max(os.cpu_count() or 1, THREADS_PER_DEVICE * wanted)))
     said = DEVICE_FLAG in os.environ.get("XLA_FLAGS", "") or jax.config.values["jax_num_cpu_devices"] > 0
     if 1 < wanted <= (os.cpu_count() or 1) and config.distributed.mode == "none" and not said:
         with contextlib.suppress(RuntimeError):  # jax has looked already
