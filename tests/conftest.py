@@ -17,7 +17,7 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("HPTJAX_TEST_PLATFORMS", "cpu")
 device_flag = f"--xla_force_host_platform_device_count={DEVICES}"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {device_flag}".strip()
-os.environ.setdefault("PJRT_NPROC", str(3 * DEVICES))  # as `build.mesh.offer_cpu_devices` does, and says why
+os.environ.setdefault("PJRT_NPROC", str(2 * DEVICES))  # as `build.mesh.offer_cpu_devices` does, and says why
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network

@@ -38,6 +38,8 @@ from tests.test_rollout import (
     mixed_samples,
 )
 
+CORES = os.cpu_count() or 1
+
 
 def written_out(config):
     """Prefill and decode of a family, compiled."""
@@ -156,16 +158,32 @@ def test_plain_attention_in_blocks_of_queries_is_the_softmax_over_what_they_may_
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads where Linux lists them")
 @pytest.mark.parametrize(
-    ("size", "said", "threads"),
-    [(2, None, max(6, os.cpu_count() or 1)), (1, None, None), (2, "5", 5)],
+    ("edits", "said", "threads"),
+    [
+        ({"mesh.data": 2}, None, CORES),
+        ({"mesh.data": 2, "model.remat": "full"}, None, max(4, CORES)),
+        ({"mesh.data": 2, "model.logprob_chunk_tokens": 2047}, None, max(4, CORES)),
+        ({"mesh.data": 2, "model.shape.num_layers": 17}, None, max(4, CORES)),
+        ({"mesh.fsdp": 2}, None, max(4, CORES)),
+        ({"mesh.data": 1, "model.remat": "full"}, None, CORES),
+        ({"mesh.data": 2, "model.remat": "full"}, "5", 5),
+    ],
 )
-def test_cpu_devices_have_threads_to_wait_in_for_each_other(size, said, threads):
+def test_cpu_devices_have_threads_to_wait_in_where_loops_hold_collectives(edits, said, threads):
     """A collective in a loop and one outside it, met in another order by two devices, stopped two threads for ever."""
     code = (
-        "import dataclasses, jax, pathlib\n"
+        "import jax, pathlib\n"
         "from hptjax.build.mesh import offer_cpu_devices\n"
-        "from hptjax.config import Config, MeshConfig\n"
-        f"offer_cpu_devices(dataclasses.replace(Config(), mesh=MeshConfig(data={size})))\n"
+        "from hptjax.config import Config\n"
+        "from hptjax.config_text import build\n"
+        "values = {'model': {'remat': 'none', 'logprob_chunk_tokens': 2048}, 'batch': {'rows': 8, 'row_tokens': 256}}\n"
+        f"for name, value in {edits}.items():\n"
+        "    *sections, field = name.split('.')\n"
+        "    place = values\n"
+        "    for section in sections:\n"
+        "        place = place.setdefault(section, {})\n"
+        "    place[field] = value\n"
+        "offer_cpu_devices(build(Config, values, source='test'))\n"
         "jax.devices()\n"
         "tasks = pathlib.Path('/proc/self/task').glob('*/comm')\n"
         "print(sum(task.read_text().strip() == 'tf_XLAEigen' for task in tasks))\n"
@@ -173,7 +191,7 @@ def test_cpu_devices_have_threads_to_wait_in_for_each_other(size, said, threads)
     environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
     environment |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | ({"PJRT_NPROC": said} if said else {})
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert int(done.stdout) == (threads or os.cpu_count())
+    assert int(done.stdout) == threads
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 
+from hptjax.build.sampler import FEW_LAYERS
 from hptjax.config import Config
 from hptjax.config_batch import mesh_devices, mesh_sizes, mesh_words
 from hptjax.config_mesh import RuleConfig
+from hptjax.model_shape import decoder_shape
 from hptjax.models.presets import PRESETS
 from hptjax.models.shape import DecoderConfig
 from hptjax.sharding.mesh import make_mesh
@@ -19,7 +21,7 @@ from hptjax.sharding.rules import Rules, axes_that_divide, make_rules, parts
 
 DEVICE_FLAG = "xla_force_host_platform_device_count"
 THREADS = "PJRT_NPROC"  # what jax's CPU client reads for the size of the pool in which all its devices compute
-THREADS_PER_DEVICE = 3
+THREADS_PER_DEVICE = 2  # one to wait in inside a loop, one outside
 
 
 def offer_cpu_devices(config: Config) -> None:
@@ -29,17 +31,24 @@ def offer_cpu_devices(config: Config) -> None:
     not used. Devices share a batch with less waiting than threads share each operation.
 
     A collective holds a thread of the pool until the other devices come to the same one, and XLA's CPU runs one inside
-    a loop and one outside in either order. With as many threads as devices, two devices that wait at different ones
-    stop the process; so the pool has a thread for each that may be open at once, of a device: one in a loop, one
-    outside, and one of the program before. A number that the user has set stays.
+    a loop and one outside in either order: with as many threads as devices, two that wait at different ones stop the
+    process. Where that may be, the pool is made larger, which slows small operations. A size the user has set stays.
     """
     wanted = mesh_devices(config)
-    if wanted > 1:
+    if wanted > 1 and _waits_in_loops(config):
         os.environ.setdefault(THREADS, str(max(os.cpu_count() or 1, THREADS_PER_DEVICE * wanted)))
     said = DEVICE_FLAG in os.environ.get("XLA_FLAGS", "") or jax.config.values["jax_num_cpu_devices"] > 0
     if 1 < wanted <= (os.cpu_count() or 1) and config.distributed.mode == "none" and not said:
         with contextlib.suppress(RuntimeError):  # jax has looked already
             jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def _waits_in_loops(config: Config) -> bool:
+    """Whether a loop of a train step may hold a collective: of layers, of chunks of the loss, or with weights cut."""
+    model, batch = config.model, config.batch
+    chunked = batch.rows * batch.row_tokens > model.logprob_chunk_tokens
+    scanned = model.remat != "none" or decoder_shape(config, lambda: 1).num_layers > FEW_LAYERS
+    return chunked or scanned or mesh_devices(config) > config.mesh.data
 
 
 def build_mesh(config: Config, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
