@@ -40,9 +40,11 @@ from hptjax.hpt.gate import demonstration_sample  # noqa: E402
 from hptjax.records import Example, Question, Request, SampleId  # noqa: E402
 
 FIRST = 3  # ids below are special in the tokenizer, and never in the data
-# Of the GRPO and HPT steps: what layers keep for the backward pass, tokens whose logits are held at once, and devices;
-# at M two devices would hold the weights, the sums and the moments twice.
-MEMORY = {"XS": ("none", 2048, 2), "S": ("full", 2048, 2), "M": ("dots_no_batch", 512, 1)}
+# Of the GRPO step: rows of a micro-batch, what layers keep for the backward pass, tokens whose logits are held at once,
+# and devices. At M two devices would hold the weights, the sums and the moments twice. The HPT step has fewer rows to a
+# micro-batch: of the 64 places of one, 28 would be computed for nothing.
+WORK = {"XS": (64, "none", 2048, 2), "S": (16, "none", 4096, 2), "M": (16, "dots_no_batch", 512, 1)}
+HPT_ROWS = 12
 HARD = 2  # every HARD-th question is never solved
 
 
@@ -184,7 +186,8 @@ def time_steps(folder: Path) -> None:
     for number, path in enumerate(held_out):
         path.write_text(json.dumps({"prompt": common.to_text([FIRST + number] * 3), "answer": {"graded": hpt}}) + "\n")
     total = common.PROMPT + common.NEW
-    remat, chunk, parts = MEMORY[OPTIONS.size]
+    rows, remat, chunk, parts = WORK[OPTIONS.size]
+    rows = HPT_ROWS if hpt else rows
     os.chdir(Path(__file__).parent)  # where the reward's module lies
     config = make_config(
         folder,
@@ -201,10 +204,10 @@ def time_steps(folder: Path) -> None:
         prompt={"template": "plain"},
         reward={"functions": [{"name": "hptjax_peer_reward:reward"}]},
         batch={
-            "rows": common.GRPO_MICRO[OPTIONS.size],
+            "rows": rows,
             "row_tokens": total,
             "max_segments": 1,
-            "max_micro_batches": common.GRPO_PROMPTS * common.GRPO_GROUP // common.GRPO_MICRO[OPTIONS.size],
+            "max_micro_batches": -(-common.GRPO_PROMPTS * common.GRPO_GROUP // rows),
         },
         train={"steps": steps, "updates_per_rollout_batch": 1, "eval_every": 0, "rollouts_every": 0, "probe_every": 0},
         eval={"questions": 1, "samples_per_question": 1, "train_questions": 0, "ks": [1]},
