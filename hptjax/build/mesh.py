@@ -34,11 +34,12 @@ def offer_cpu_devices(config: Config) -> None:
     a loop and one outside in either order: with as many threads as devices, two that wait at different ones stop the
     process. Where that may be, the pool is made larger, which slows small operations. A size the user has set stays.
     """
-    wanted = mesh_devices(config)
-    if wanted > 1 and _waits_in_loops(config):
-        os.environ.setdefault(THREADS, str(max(os.cpu_count() or 1, THREADS_PER_DEVICE * wanted)))
+    wanted, cores = mesh_devices(config), os.cpu_count() or 1
     said = DEVICE_FLAG in os.environ.get("XLA_FLAGS", "") or jax.config.values["jax_num_cpu_devices"] > 0
-    if 1 < wanted <= (os.cpu_count() or 1) and config.distributed.mode == "none" and not said:
+    offered = 1 < wanted <= cores and config.distributed.mode == "none" and not said
+    if (offered or (said and wanted > 1)) and _waits_in_loops(config):
+        os.environ.setdefault(THREADS, str(max(cores, THREADS_PER_DEVICE * wanted)))
+    if offered:
         with contextlib.suppress(RuntimeError):  # jax has looked already
             jax.config.update("jax_num_cpu_devices", wanted)
 
