@@ -6,11 +6,7 @@ The engine's own promises (replay, shape identity) hold with it as well.
 from __future__ import annotations
 
 import functools
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +33,6 @@ from tests.test_rollout import (
     mixed_requests,
     mixed_samples,
 )
-
-CORES = os.cpu_count() or 1
 
 
 def written_out(config):
@@ -154,67 +148,3 @@ def test_plain_attention_in_blocks_of_queries_is_the_softmax_over_what_they_may_
         expected[row, position, head] = (weights / weights.sum()) @ value[row, keys, head // 2]
     np.testing.assert_allclose(got, expected, rtol=0, atol=3e-6)
     np.testing.assert_allclose(whole, expected, rtol=0, atol=3e-6)
-
-
-@pytest.mark.skipif(CORES < 2 or not Path("/proc/self/task").is_dir(), reason="counts threads of two cores, on Linux")
-@pytest.mark.parametrize(
-    ("edits", "said", "threads"),
-    [
-        ({"mesh.data": 2}, None, CORES),
-        ({"mesh.data": 2, "model.remat": "full"}, None, max(4, CORES)),
-        ({"mesh.data": 2, "model.logprob_chunk_tokens": 2047}, None, max(4, CORES)),
-        ({"mesh.data": 2, "model.shape.num_layers": 17}, None, max(4, CORES)),
-        ({"mesh.fsdp": 2}, None, max(4, CORES)),
-        ({"mesh.data": 1, "model.remat": "full"}, None, CORES),
-        ({"mesh.data": 2, "model.remat": "full"}, "5", 5),
-        ({"mesh.data": 8 * CORES, "model.remat": "full"}, None, CORES),  # of a pod: no host's pool grows with it
-    ],
-)
-def test_cpu_devices_have_threads_to_wait_in_where_loops_hold_collectives(edits, said, threads):
-    """A collective in a loop and one outside it, met in another order by two devices, stopped two threads for ever."""
-    code = (
-        "import jax, pathlib\n"
-        "from hptjax.build.mesh import offer_cpu_devices\n"
-        "from hptjax.config import Config\n"
-        "from hptjax.config_text import build\n"
-        "values = {'model': {'remat': 'none', 'logprob_chunk_tokens': 2048}, 'batch': {'rows': 8, 'row_tokens': 256}}\n"
-        f"for name, value in {edits}.items():\n"
-        "    *sections, field = name.split('.')\n"
-        "    place = values\n"
-        "    for section in sections:\n"
-        "        place = place.setdefault(section, {})\n"
-        "    place[field] = value\n"
-        "offer_cpu_devices(build(Config, values, source='test'))\n"
-        "jax.devices()\n"
-        "tasks = pathlib.Path('/proc/self/task').glob('*/comm')\n"
-        "print(sum(task.read_text().strip() == 'tf_XLAEigen' for task in tasks))\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
-    environment |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | ({"PJRT_NPROC": said} if said else {})
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert int(done.stdout) == threads
-
-
-@pytest.mark.parametrize(
-    ("mesh", "flags", "devices"),
-    [
-        ("mesh.data=2", "", min(2, os.cpu_count() or 1)),
-        ("mesh.data=1", "", 1),
-        (f"mesh.data={8 * (os.cpu_count() or 1)}", "", 1),
-        ("mesh.data=2", "--xla_force_host_platform_device_count=4", 4),
-    ],
-)
-def test_cpu_is_as_many_devices_as_the_mesh_has_up_to_its_cores(mesh, flags, devices):
-    name, size = mesh.removeprefix("mesh.").split("=")
-    code = (
-        "import dataclasses, jax\n"
-        "from hptjax.build.mesh import offer_cpu_devices\n"
-        "from hptjax.config import Config, MeshConfig\n"
-        f"config = dataclasses.replace(Config(), mesh=MeshConfig({name}={size}))\n"
-        "offer_cpu_devices(config)\n"
-        "print(jax.device_count())\n"
-        "offer_cpu_devices(config)\n"  # too late, and no error
-    )
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert int(done.stdout) == devices
