@@ -27,8 +27,13 @@ import jaxtyping  # noqa: E402  (the environment above must be set before anythi
 
 import_hook = jaxtyping.install_import_hook("hptjax", "beartype.beartype")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# a machine that is busy with other work fails no test
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -173,7 +173,7 @@ def check_update(update: Update, samples: Sequence[Sample], dead: frozenset[Samp
             assert got == want
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31),
     groups=st.lists(st.integers(1, 7), max_size=4),
@@ -242,7 +242,7 @@ def test_assemble_of_nothing_is_one_empty_micro_batch() -> None:
     assert update.sources == {}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31))
 def test_assemble_does_not_depend_on_order(seed: int) -> None:
     """Property 22, the arrays' half, with float rewards whose sums round differently in another order."""

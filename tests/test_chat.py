@@ -286,7 +286,7 @@ def conversation(turns, *, system=False):
     return [{"role": "system", "content": "Sum."}, *pairs] if system else pairs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(["chat", "dated"]), TURNS, st.booleans(), st.booleans())
 def test_chat_mask_equals_the_templates_own_generation_marks(tokenizers, templates, name, turns, system, with_tools):
     """Second route: transformers' `{% generation %}` blocks, which these two templates have and most published lack."""
@@ -300,7 +300,7 @@ def test_chat_mask_equals_the_templates_own_generation_marks(tokenizers, templat
     assert mask.astype(int).tolist() == marked["assistant_masks"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(sorted(set(GOOD) - {"opened"})), TURNS)
 def test_chat_mask_parts_make_the_whole_and_hold_every_answer_once(tokenizers, templates, name, turns):
     template, messages = templates[name], conversation(turns)
@@ -318,7 +318,7 @@ def test_chat_mask_parts_make_the_whole_and_hold_every_answer_once(tokenizers, t
         assert tokens[: len(prompt)].tolist() == prompt.tolist()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(WORDS, min_size=1, max_size=4), st.integers(0, 2**32))
 def test_chat_text_that_writes_out_a_special_token_is_found(tokenizers, words, seed):
     tokenizer = tokenizers["chat"]

@@ -325,7 +325,7 @@ def test_config_check_accepts_every_gate_of_the_group(gate):
     check(changed(VALID, hpt__gate=gate))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 48), min_size=1, max_size=60),
     max_segments=st.integers(1, 6),

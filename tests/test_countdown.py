@@ -255,7 +255,7 @@ def test_verifier_follows_the_rules_in_the_answer():
     assert verify("3*3=9", {"numbers": [3, 4], "target": 9}).reason == "wrong_numbers"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_verifier_rejects_every_single_character_change_that_is_not_a_solution(data):
     """A changed chain is accepted only if an independent reading finds it to be a solution as well."""
@@ -289,7 +289,7 @@ MUTABLE = write_examples(enumerate_instances(3, 2, 6, 1, 30)[::9], seed=0)
 _SOLUTIONS = {e.canonical: _brute_force(tuple(e.answer["numbers"]), Rules())[e.answer["target"]] for e in MUTABLE}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=40) | st.text(alphabet=SYMBOLS, max_size=40))
 def test_verifier_survives_any_text(text):
     for answer in (ANSWER, {**ANSWER, "negative": True}):

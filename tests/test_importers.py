@@ -332,7 +332,7 @@ FIELDS = """prompt target reward_model extra_info completion answer solution mes
 final_answer instruction input output""".split()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from(sorted(FORMATS)), st.dictionaries(st.sampled_from(FIELDS), JSON))
 @example("problem_answer", {"problem": [{"role": []}]})
 def test_importer_never_raises_whatever_a_row_holds(format, row):

@@ -69,7 +69,7 @@ def test_wilson_solves_its_equation():
             assert distance == pytest.approx(z * math.sqrt(end * (1 - end) / trials), abs=1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
 def test_wilson_holds_the_share_and_lies_in_the_unit_interval(pair, level):
     low, high = wilson(*pair, level=level)

@@ -32,7 +32,7 @@ def test_pack_golden_bundle() -> None:
     assert pack_lists([3, 6, 5, 4], [4, -1, 4, -1], row_tokens=10, max_segments=9) == [[0, 2], [1, 3]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(1, 12), st.integers(-1, 4)), max_size=30),
     st.integers(1, 8),
@@ -54,7 +54,7 @@ def test_pack_places_every_sample_once_within_limits(samples: list[tuple[int, in
         assert sum(any(bundles[i] == bundle for i in row) for row in rows) == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=40), st.randoms(use_true_random=False))
 def test_pack_rows_do_not_depend_on_order(lengths: list[int], rng: Any) -> None:
     def as_lengths(values: list[int]) -> list[list[int]]:
@@ -88,7 +88,7 @@ def test_pack_refuses_empty_limits() -> None:
         group_rows(np.asarray([1]), rows=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 6))
 def test_pack_groups_rows_evenly(tokens: list[int], rows: int) -> None:
     groups = group_rows(np.asarray(tokens, np.int64), rows=rows)

@@ -234,7 +234,7 @@ ACTIONS = strategies.lists(
 )
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(ACTIONS)
 def test_pages_are_never_two_samples_own_and_none_is_lost(actions):
     pages, contexts, covered = SharedPages(PAGED), {}, {}

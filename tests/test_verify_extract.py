@@ -62,7 +62,7 @@ def _boxes_slowly(text: str) -> list[str]:
 
 
 @given(st.lists(st.sampled_from(["\\boxed{", "{", "}", "a", "5", " "]), max_size=40).map("".join))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_extract_boxes_are_those_that_counting_finds(text):
     closed, _ = boxes(text)
     assert [text[box.content : box.content_end] for box in closed] == _boxes_slowly(text)

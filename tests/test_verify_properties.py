@@ -18,7 +18,7 @@ from hptjax.verify.policy import LENIENT, STRICT
 from hptjax.verify.scan import normal
 from tests.test_verify_answers import ROWS
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 INTEGERS = st.integers(-10_000, 10_000)
 FRACTIONS = st.fractions(-100, 100, max_denominator=400)
 LATEX = st.lists(
@@ -59,7 +59,7 @@ def _written(value: Fraction) -> list[str]:
 
 
 @given(st.one_of(st.text(max_size=40), LATEX))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_verify_every_answer_is_equal_to_itself(text):
     assume("#" not in text and "boxed" not in text and "<" not in text)
     assume(answer_of(_boxed(text)) == text.strip() and question_of({"answer": text}).golds and normal(text))
@@ -130,14 +130,14 @@ def test_verify_sets_have_no_order_and_tuples_have_one(values, random):
 
 
 @given(st.sampled_from(ROWS), st.sampled_from(ROWS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_verify_equality_of_expressions_is_symmetric(first, second):
     for one, other in itertools.product(readings(first[0]), readings(second[1])):
         assert equal_expressions(one, other) == equal_expressions(other, one)
 
 
 @given(st.sampled_from(ROWS), st.sampled_from(ROWS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_verify_what_the_strict_accept_the_lenient_accept(first, second):
     """Each policy asked alone: the order is no mere consequence of how `grades` fills them in."""
     question = question_of({"answer": first[0]})
@@ -146,7 +146,7 @@ def test_verify_what_the_strict_accept_the_lenient_accept(first, second):
 
 
 @given(st.one_of(st.text(max_size=300), LATEX, LATEX.map(_boxed)), LATEX)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_verify_any_text_gets_a_grade_at_once(completion, gold):
     question = question_of({"answer": gold})
     start = time.process_time()

@@ -51,7 +51,7 @@ def test_values_pi_is_pi():
 
 
 @given(REALS, REALS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_values_complex_functions_agree_with_mpmath(x, y):
     with precise():
         ours, theirs = _of(x, y)
@@ -123,7 +123,7 @@ def _theirs(node: Node):
 
 
 @given(TREES)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_values_of_whole_expressions_agree_with_mpmath(tree):
     """Exact where it can be and approximate always; an expression with no value has none in both."""
     try:
@@ -145,7 +145,7 @@ def test_values_of_whole_expressions_agree_with_mpmath(tree):
 
 
 @given(st.integers(0, 10**30), st.integers(2, 12), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_values_exact_roots_are_those_of_powers_and_of_nothing_else(base, index, neighbour):
     radicand = base**index + neighbour
     node = nodes.Root(nodes.Number(Fraction(radicand)), nodes.Number(Fraction(index)))
