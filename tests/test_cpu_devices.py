@@ -15,6 +15,7 @@ from hptjax.config import Config
 from hptjax.config_text import build
 
 CORES = os.cpu_count() or 1
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -35,24 +36,31 @@ def test_cpu_devices_have_threads_to_wait_in_where_loops_hold_collectives(edits,
     """A collective in a loop and one outside it, met in another order by two devices, stopped two threads for ever."""
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setenv("PJRT_NPROC", said or "to be deleted")
-    if said is None:
-        monkeypatch.delenv("PJRT_NPROC")
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    if said is not None:
+        monkeypatch.setenv("PJRT_NPROC", said)
     offer_cpu_devices(small_config(edits))
     assert os.environ.get("PJRT_NPROC") == (threads and str(threads))
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads where Linux lists them")
-def test_the_host_has_the_threads_that_were_asked_for():
+@pytest.mark.skipif(CORES < 2 or not Path("/proc/self/task").is_dir(), reason="counts threads of two cores, on Linux")
+@pytest.mark.parametrize(("remat", "threads"), [("full", max(4, CORES)), ("none", CORES)])
+def test_cpu_devices_have_these_threads_in_a_process(remat, threads):
     code = (
         "import jax, pathlib\n"
+        "from hptjax.build.mesh import offer_cpu_devices\n"
+        "from tests.test_cpu_devices import small_config\n"
+        f"offer_cpu_devices(small_config({{'mesh.data': 2, 'model.remat': '{remat}'}}))\n"
         "jax.devices()\n"
         "tasks = pathlib.Path('/proc/self/task').glob('*/comm')\n"
         "print(sum(task.read_text().strip() == 'tf_XLAEigen' for task in tasks))\n"
     )
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PJRT_NPROC": "5"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert int(done.stdout) == 5
+    environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+    environment |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == threads
 
 
 def small_config(edits):

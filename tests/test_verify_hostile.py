@@ -100,13 +100,9 @@ def test_hostile_sums_in_sympy_cost_their_deadline_only(pool):
     """P15: the hanging one is cut off within its deadline and a second; everyone else's verdict is as alone."""
     completions, answers = [r"\boxed{5}"] * 300, [{"answer": "5"}] * 300
     completions[7], answers[7] = HANGS
-    for _ in range(3):  # one of them at a moment when the machine is not taken by other work
-        start = time.monotonic()
-        verdicts = pool.judge(math_strict, completions, answers)
-        seconds = time.monotonic() - start
-        if in_time := seconds < DEADLINE_S + 1.0 + 5.0:
-            break
-    assert in_time, seconds
+    start = time.monotonic()
+    verdicts = pool.judge(math_strict, completions, answers)
+    assert time.monotonic() - start < DEADLINE_S + 1.0 + 5.0  # and a machine that is busy with other work
     assert verdicts[7] == Verdict(0.0, False, "timeout")
     assert all(verdict.solved for place, verdict in enumerate(verdicts) if place != 7)
     assert pool.judge(math_strict, completions[:5], answers[:5]) == verdicts[:5]
