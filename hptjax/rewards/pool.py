@@ -204,7 +204,8 @@ class RewardPool:
         finally:
             self._streaming = False
             for slot, worker in enumerate(self._workers):
-                if worker.owed and not self._closed:  # abandoned half-way: their answers belong to nobody
+                stale = [identity for identity in worker.owed if self._requests[identity] not in self._known]
+                if stale and not self._closed:  # abandoned half-way: their answers belong to nobody
                     self._replace(slot)
 
     def _turn(self, waiting: deque[_Item]) -> list[tuple[_Item, Verdict]]:
@@ -226,13 +227,19 @@ class RewardPool:
         return decided
 
     def _hand_out(self, worker: WorkerProcess, waiting: deque[_Item]) -> None:
-        if len(worker.owed) > MAX_OWED // 2:
+        """Sends work, but none to a worker that still imports: the others do it meanwhile."""
+        if len(worker.owed) > MAX_OWED // 2 or self._imports(worker):
             return
         while waiting and len(worker.owed) < MAX_OWED:
+            if waiting[0].load.path not in worker.loaded:
+                self._send_load(worker, waiting[0].load)
+                break
             item = waiting.popleft()
-            self._send_load(worker, item.load)
             self._send(worker, item, item.message)
         worker.flush()
+
+    def _imports(self, worker: WorkerProcess) -> bool:
+        return bool(worker.owed) and isinstance(self._requests[worker.owed[-1]], _Load)
 
     def _send_load(self, worker: WorkerProcess, load: _Load) -> None:
         """Has a function imported, unless the worker was told to before."""
@@ -256,7 +263,7 @@ class RewardPool:
         busy = [worker for worker in self._processes() if worker.owed]
         ends = [worker.since + self._limit_s(worker) for worker in busy]
         timeout = max(0.0, min(ends) - time.monotonic()) + 0.001 if ends else 0.0
-        with selectors.DefaultSelector() as selector:
+        with selectors.PollSelector() as selector:  # nothing is kept between turns, and it is one system call
             for slot, worker in enumerate(self._processes()):
                 selector.register(worker.output, selectors.EVENT_READ, slot)
                 if worker.wants_to_write:
@@ -301,11 +308,16 @@ class RewardPool:
         self._replace(slot)
         if load is not None and load not in self._known:
             raise ValueError(cannot_load(load.path, f"{verdict.reason} while it was imported"))
-        self._load_failures = self._load_failures + 1 if load is not None else self._load_failures
-        # A function that cannot be loaded again and again must not keep the run waiting for ever.
-        begun = items[:1] if load is None or self._load_failures >= MAX_LOAD_FAILURES else []
-        waiting.extendleft(reversed(items[len(begun) :]))
-        return [(item, verdict) for item in begun]
+        if load is None:
+            waiting.extendleft(reversed(items[1:]))
+            return [(item, verdict) for item in items[:1]]
+        self._load_failures += 1
+        able = any(load.path in other.loaded and not self._imports(other) for other in self._workers)
+        first = next((item for item in waiting if item.load == load), None)
+        if self._load_failures < MAX_LOAD_FAILURES or able or first is None:
+            return []
+        waiting.remove(first)  # a function that cannot be loaded again and again must not keep the run waiting for ever
+        return [(first, verdict)]
 
     def _replace(self, slot: int) -> None:
         """Kills a worker and puts the reserve in its place, or a new worker where the reserve is not ready."""
