@@ -33,6 +33,18 @@ def textbook_allowed(scaled, top_k, top_p):
     return allowed
 
 
+def test_sampling_takes_the_first_of_the_largest():
+    """Beside NumPy, where many are equal, infinite or the row is one long; a row with NaN still gets a token."""
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 37, 4096):
+        values = rng.integers(-3, 3, (16, size)).astype(np.float32)
+        values[rng.random(values.shape) < 0.1] = -np.inf
+        values[3] = -np.inf
+        np.testing.assert_array_equal(jax.jit(sampling.first_largest)(values), values.argmax(1))
+        values[5] = np.nan
+        assert 0 <= sampling.first_largest(values)[5] < size
+
+
 def test_sampling_keys_are_the_nested_folds_of_the_id():
     key = jax.random.key(3)
     ids = [(7, 0, 2), (7, -1, 2), (-5, 2**31 - 1, 0), (7, 2, 0)]

@@ -56,7 +56,7 @@ def scaled_logits(
 
 def choose(scaled: Float[Array, "S V"], noise: Float[Array, "S V"]) -> Int[Array, " S"]:
     """A draw from softmax(scaled): argmax(scaled + Gumbel noise)."""
-    return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+    return first_largest(scaled + noise)
 
 
 def choose_truncated(
@@ -83,8 +83,24 @@ def choose_truncated(
     mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
     # rounding can lift the mass before the last tokens to 1, so "off" is asked for by name
     in_nucleus = (mass_before < top_p[:, None]) | (top_p >= 1.0)[:, None] | (rank == 0)
-    winner = jnp.argmax(jnp.where(in_top_k & in_nucleus, ranked + noise, -jnp.inf), axis=-1)
+    winner = first_largest(jnp.where(in_top_k & in_nucleus, ranked + noise, -jnp.inf))
     return jnp.take_along_axis(ids, winner[:, None], axis=1)[:, 0]
+
+
+def first_largest(values: Float[Array, "S V"]) -> Int[Array, " S"]:
+    """argmax over V, the first where several are equal; a row with NaN gets any token."""
+
+    def in_two_passes(values: Array) -> Array:
+        # the CPU's compiler makes one slow loop of argmax and of all that leads to it
+        values = jax.lax.optimization_barrier(values)
+        last = values.shape[-1] - 1
+        here = values == jnp.max(values, axis=-1, keepdims=True)
+        return jnp.min(jnp.where(here, jnp.arange(last + 1, dtype=jnp.int32)[None, :], last), axis=-1)
+
+    def in_one_pass(values: Array) -> Array:
+        return jnp.argmax(values, axis=-1).astype(jnp.int32)
+
+    return jax.lax.platform_dependent(values, cpu=in_two_passes, default=in_one_pass)
 
 
 def chosen_logprobs(scaled: Float[Array, "S V"], tokens: Int[Array, " S"]) -> Float[Array, " S"]:
