@@ -26,6 +26,7 @@ from hptjax.train.checkpoint_content import checksums, differences
 from hptjax.train.checkpoint_manager import meet
 from hptjax.train.state import init_state
 from hptjax.types import Peak, SumCount
+from tests.child import with_devices
 
 FINGERPRINT = {"model": {"hidden_size": 16, "num_layers": 2}, "method": "hpt"}
 
@@ -426,9 +427,8 @@ while True:
 
 def kill_while_saving(folder: pathlib.Path, rng: np.random.Generator) -> int:
     """Starts (or resumes) a process that saves without end, kills it at a random moment, returns its last step."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(
-        [sys.executable, "-c", SAVE_UNTIL_KILLED, str(folder)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", SAVE_UNTIL_KILLED, str(folder)], stdout=subprocess.PIPE, text=True, env=with_devices(1)
     ) as process:
         assert process.stdout is not None
         first = int(process.stdout.readline())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,10 @@ import pytest
 
 from hptjax.config import DistributedConfig, MeshConfig
 from tests import tiny
+from tests.child import with_devices
 from tests.test_bad_input import config_file
 from tests.test_files import HELD_OUT, ROWS, on_files, write_rows
-from tests.test_multihost import ONE_DEVICE, REPOSITORY, free_port, rows, same_numbers
+from tests.test_multihost import REPOSITORY, free_port, rows, same_numbers
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ def pair(folder, files, **changes):
             subprocess.Popen(
                 [sys.executable, "-m", "hptjax.cli", "train", config_file(config, here / "run.toml")],
                 cwd=here,
-                env=os.environ | ONE_DEVICE | {"PYTHONPATH": str(REPOSITORY)},
+                env=with_devices(1) | {"PYTHONPATH": str(REPOSITORY)},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

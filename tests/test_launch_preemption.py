@@ -16,7 +16,7 @@ import pytest
 from launch.slurm import Slurm, batch_script
 from launch.until_done import COME_BACK
 from launch.until_done import run as until_done
-from tests import tiny
+from tests import child, tiny
 from tests.test_resume import finish, same_run, wait_for_training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +134,7 @@ def test_launch_preempted_training_goes_on_to_the_same_end(tmp_path):
     stopped = tmp_path / "stopped"
     stopped.mkdir()
     arguments = [sys.executable, "-m", "launch.until_done", sys.executable, "-m", "tests.tiny", str(stopped)]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = child.with_devices(1)
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     wait_for_training(process, stopped)
     process.send_signal(signal.SIGTERM)

@@ -35,14 +35,13 @@ from hptjax.sharding.mesh import make_mesh
 from hptjax.sharding.peers import pack, unpack
 from hptjax.sharding.rules import named_shardings
 from hptjax.train.accumulate import Status
-from tests import recorded, tiny
+from tests import child, recorded, tiny
 from tests.multihost_pair import INSIDE, STEPS, compiled_once, pair_config, save_inside_a_window, taken_up
 from tests.test_bad_input import config_file
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIMIT_S = 400  # of a pair; so that a hang is a failure and no hang
 ACTS = ["whole", "row:bad_row", "worker:worker", "stop:stop", "stop", "late:late"]
-ONE_DEVICE = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 CLOCKS = ("time", "perf/", "timing_s/")
 
 
@@ -57,7 +56,7 @@ def started(folder: Path, port: str, index: int, acts: list[str]) -> subprocess.
         return subprocess.Popen(
             [sys.executable, "-m", "tests.multihost_pair", str(folder), port, str(index), *acts],
             cwd=REPOSITORY,
-            env=os.environ | ONE_DEVICE,
+            env=child.with_devices(1),
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -453,10 +452,7 @@ def test_multihost_slurm_tasks_find_each_other(mode):
         subprocess.Popen(
             [sys.executable, "-c", script, f"task {index}"],
             cwd=REPOSITORY,
-            env=os.environ
-            | ONE_DEVICE
-            | step
-            | {"SLURM_NTASKS": "2", "SLURM_PROCID": str(index), "SLURM_LOCALID": "0"},
+            env=child.with_devices(1) | step | {"SLURM_NTASKS": "2", "SLURM_PROCID": str(index), "SLURM_LOCALID": "0"},
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 import threading
@@ -56,11 +55,12 @@ from hptjax.rollout.outside import make_sample
 from hptjax.rollout.post import Attempts, Passing, Refused
 from hptjax.train.jsonl import read_rows
 from tests import tiny
+from tests.child import with_devices
 from tests.completion_server import CompletionServer, answer_to, draw, table
 from tests.multihost_pair import compiled_once
 from tests.outside_pair import served_pair
 from tests.test_config import VALID, changed
-from tests.test_multihost import ONE_DEVICE, free_port
+from tests.test_multihost import free_port
 
 V = 12
 ODDS = table(V)
@@ -739,7 +739,7 @@ def test_outside_two_processes_hear_of_the_same_samples_and_the_same_failure(tmp
             subprocess.Popen(
                 [sys.executable, "-m", "tests.outside_pair", str(tmp_path), port, str(index), f"{server.root}/v1"],
                 cwd=Path(__file__).resolve().parents[1],
-                env=os.environ | ONE_DEVICE,
+                env=with_devices(1),
             )
             for index in range(2)
         ]

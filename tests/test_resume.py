@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import random
 import signal
 import subprocess
@@ -22,7 +21,7 @@ import hptjax.train.loop as loop
 from hptjax.build.parts import fingerprint, open_parts
 from hptjax.build.stages import build_stages
 from hptjax.train.checkpoint import open_checkpoints
-from tests import tiny
+from tests import child, tiny
 
 CLOCKS = ("time", "timing_s/", "perf/", "timing_per_token_ms/")  # metrics that measure the machine
 
@@ -223,11 +222,10 @@ def test_t17_resume_between_micro_batches_keeps_the_open_sums(uninterrupted, tmp
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.tiny", str(folder), *words],
         cwd=Path(__file__).resolve().parent.parent,
-        env=environment,
+        env=child.with_devices(1),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )

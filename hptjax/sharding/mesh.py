@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -106,13 +107,13 @@ def put_rows(mesh: Mesh, tree: Any, rules: Rules = FSDP_RULES, *, time: bool = F
     Every process passes the whole array (host decisions are agreed on); each places its own part.
     Raises rows or positions that do not divide evenly -> ValueError.
     """
+    return jax.tree.map(functools.partial(_put_rows, mesh, rules, time), tree)
 
-    def put(leaf: Any) -> jax.Array:
-        names = ("batch", "time" if time else None)[: leaf.ndim]
-        spec = partition_spec(mesh, (*names, *[None] * (leaf.ndim - len(names))), leaf.shape, rules)
-        return place(leaf, NamedSharding(mesh, spec))
 
-    return jax.tree.map(put, tree)
+def _put_rows(mesh: Mesh, rules: Rules, time: bool, leaf: Any) -> jax.Array:
+    names = ("batch", "time" if time else None)[: leaf.ndim]
+    spec = partition_spec(mesh, (*names, *[None] * (leaf.ndim - len(names))), leaf.shape, rules)
+    return place(leaf, NamedSharding(mesh, spec))
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:

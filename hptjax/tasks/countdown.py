@@ -135,14 +135,17 @@ def generate(
     rng = np.random.default_rng(seed)
     sizes = (numbers,) if isinstance(numbers, int) else tuple(numbers)
     memo: dict[tuple[int, ...], np.ndarray] = {}
+    targets: dict[tuple[int, ...], list[int]] = {}  # of the multisets drawn so far
     found: dict[Countdown, None] = {}
     misses = 0
     while len(found) < count:
         size = sizes[0] if len(sizes) == 1 else int(rng.choice(sizes))
         multiset = tuple(sorted(rng.integers(low, high + 1, size=size).tolist()))
-        values = reachable(multiset, rules, memo)
-        values = values[(values >= target_low) & (values <= target_high)]
-        instance = Countdown(multiset, int(rng.choice(values))) if values.size else None
+        if multiset not in targets:
+            values = reachable(multiset, rules, memo)
+            targets[multiset] = values[(values >= target_low) & (values <= target_high)].tolist()
+        within = targets[multiset]
+        instance = Countdown(multiset, within[int(rng.integers(len(within)))]) if within else None
         misses = misses + 1 if instance is None or instance in found else 0
         if misses >= 2000:
             raise ValueError(

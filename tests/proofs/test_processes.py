@@ -5,7 +5,6 @@ Both processes are started once per mesh, on one port of this machine; `two_proc
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 from hptjax.sharding.host import to_host
 from hptjax.train.accumulate import Status
 from tests import recorded
+from tests.child import with_devices
 from tests.proofs import two_processes as pair
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -33,11 +33,7 @@ def free_port() -> int:
 
 
 def started(folder: Path, mesh: str, port: int, index: int) -> subprocess.Popen:
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={pair.DEVICES_EACH}",
-    }
+    environment = with_devices(pair.DEVICES_EACH) | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     with (folder / f"log_{index}").open("w") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.proofs.two_processes", mesh, str(port), str(index), str(folder)],
