@@ -40,11 +40,14 @@ from hptjax.hpt.gate import demonstration_sample  # noqa: E402
 from hptjax.records import Example, Question, Request, SampleId  # noqa: E402
 
 FIRST = 3  # ids below are special in the tokenizer, and never in the data
-# Of the GRPO step: rows of a micro-batch, what layers keep for the backward pass, tokens whose logits are held at once,
-# and devices. At M two devices would hold the weights, the sums and the moments twice. The HPT step has fewer rows to a
-# micro-batch: of the 64 places of one, 28 would be computed for nothing.
-WORK = {"XS": (64, "none", 2048, 2), "S": (16, "none", 4096, 2), "M": (16, "dots_no_batch", 512, 1)}
-HPT_ROWS = 12
+# Rows of a micro-batch in the GRPO and in the HPT step, what layers keep for the backward pass, tokens whose logits are
+# held at once, and devices. Few rows stay in the caches of a CPU; those of the HPT step divide its 36. At M two devices
+# would hold the weights, the sums and the moments twice.
+WORK = {
+    "XS": (8, 12, "none", 2048, 2),
+    "S": (8, 12, "dots_no_batch", 4096, 2),
+    "M": (8, 6, "dots_no_batch", 1280, 1),
+}
 HARD = 2  # every HARD-th question is never solved
 
 
@@ -186,8 +189,8 @@ def time_steps(folder: Path) -> None:
     for number, path in enumerate(held_out):
         path.write_text(json.dumps({"prompt": common.to_text([FIRST + number] * 3), "answer": {"graded": hpt}}) + "\n")
     total = common.PROMPT + common.NEW
-    rows, remat, chunk, parts = WORK[OPTIONS.size]
-    rows = HPT_ROWS if hpt else rows
+    grpo_rows, hpt_rows, remat, chunk, parts = WORK[OPTIONS.size]
+    rows = hpt_rows if hpt else grpo_rows
     os.chdir(Path(__file__).parent)  # where the reward's module lies
     config = make_config(
         folder,
