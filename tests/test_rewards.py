@@ -124,6 +124,7 @@ def test_pool_deadline_counts_from_the_items_own_start():
 def test_pool_replaces_a_worker_killed_in_the_middle():
     """At most the one item that each killed worker was at is lost; items are long, so that a kill meets one."""
     with RewardPool(workers=2, deadline_s=20.0) as pool:
+        pool.load([bad_verifiers.sleep])
         done = []
         for index, row in pool.stream([bad_verifiers.sleep], ["0.05"] * 60, [{}] * 60):
             done.append((index, row[0].reason))

@@ -51,7 +51,27 @@ def test_pool_judges_on_while_a_dead_workers_successor_imports(tmp_path, monkeyp
         (tmp_path / "go").touch()
         for pid in healthy:
             os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # until it is dead, for the pool to find it so
         assert reasons(pool, judge, ["good"] * 200) == ["good"] * 200  # now by the successor
+
+
+def test_pool_cuts_few_slow_completions_over_its_workers(tmp_path, monkeypatch):
+    """Each completion waits for one of another worker: a worker that had them all would wait in vain."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "waits_for_another.py").write_text(
+        "import os, pathlib, time\n"
+        "from hptjax.records import Verdict\n"
+        "HERE = pathlib.Path(__file__).parent\n"
+        "def judge(completion, answer):\n"
+        "    (HERE / f'{os.getpid()}.judge').touch()\n"
+        "    while len([*HERE.glob('*.judge')]) < 3:\n"
+        "        time.sleep(0.01)\n"
+        "    return Verdict(1.0, True, 'good')\n"
+    )
+    judge = importlib.import_module("waits_for_another").judge
+    with RewardPool(workers=3, deadline_s=60.0) as pool:
+        pool.load([judge])
+        assert reasons(pool, judge, ["good"] * 12) == ["good"] * 12
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -27,7 +27,7 @@ from hptjax.rewards.process import WorkerProcess
 
 TIMEOUT = Verdict(0.0, False, "timeout")
 CRASHED = Verdict(0.0, False, "crashed")
-MAX_OWED = 64  # requests on the way to one worker: enough to keep it busy, few to hand on when it dies
+MAX_OWED = 64  # requests on the way to one worker at most: enough to keep it busy, few to hand on when it dies
 MAX_LOAD_FAILURES = 3
 
 
@@ -227,10 +227,11 @@ class RewardPool:
         return decided
 
     def _hand_out(self, worker: WorkerProcess, waiting: deque[_Item]) -> None:
-        """Sends work, but none to a worker that still imports: the others do it meanwhile."""
-        if len(worker.owed) > MAX_OWED // 2 or self._imports(worker):
+        """Sends work, a part of what waits, and none to a worker that still imports: the others do it meanwhile."""
+        room = min(MAX_OWED, max(2, len(waiting) // (2 * len(self._workers))))
+        if len(worker.owed) > room // 2 or self._imports(worker):
             return
-        while waiting and len(worker.owed) < MAX_OWED:
+        while waiting and len(worker.owed) < room:
             if waiting[0].load.path not in worker.loaded:
                 self._send_load(worker, waiting[0].load)
                 break
