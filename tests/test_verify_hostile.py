@@ -84,6 +84,18 @@ def test_hostile_texts_that_hold_the_answer_are_read(monkeypatch):
     assert strict == ["bytes read as latin-1", "right to left", "a megabyte of words"]
 
 
+def test_hostile_length_is_not_read_and_signs_are_not_asked_about():
+    """Neither can be a verdict that matters, and both took a good part of the second that a completion has."""
+    padded = {count: r"\boxed{5" + r"\quad" * count + "}" for count in (10, 1999, 2001)}
+    assert [math_strict(text, {"answer": "5"}).reason for text in padded.values()] == [
+        "exact",
+        "exact",
+        "parse_error",
+    ]
+    assert last_route.is_equal("5", "-" * 30 + "5", loose=False) is True
+    assert last_route.is_equal("5", "- " * 32 + "5", loose=False) is None
+
+
 def test_hostile_texts_pass_through_the_pool(pool):
     """Each text stands beside a plain one; all plain ones get their verdict. Numbers without bounds take too long."""
     completions = [text for hostile in HOSTILE.values() for text in (hostile, r"\boxed{5}")]

@@ -25,7 +25,7 @@ from hptjax.verify.parse import MAX_CHARACTERS, MAX_GOLD_CHARACTERS, readings
 from hptjax.verify.policy import LENIENT, STRICT, Policy
 from hptjax.verify.scan import cleaned, normal, without_dollars
 
-MAX_SPELLED = 10_000  # characters of an answer that is compared as a string
+MAX_SPELLED = 10_000  # characters of an answer as it was written; a longer one is not read
 LastRoute = Callable[[str, str, bool], bool | None]
 """(gold, answer, loose) -> equal or not, or None where it cannot tell."""
 
@@ -159,7 +159,9 @@ def _match(gold: str, found: str, policy: Policy, last_route: LastRoute | None, 
         said = _letter(found, policy)
         if said is not None or choice or _LETTER_FIRST.match(found):
             return _Match(said == letter[1], "choice" if said == letter[1] else "none", said is not None)
-    if len(found) <= MAX_SPELLED and normal(found) == _normal_gold(gold) != "":
+    if len(found) > MAX_SPELLED:
+        return _Match(None, read=False)
+    if normal(found) == _normal_gold(gold) != "":
         return _Match(True, "exact")
     golds, answers = readings(gold, MAX_GOLD_CHARACTERS), readings(found)
     undecided = not golds or not answers
