@@ -29,6 +29,7 @@ TIMEOUT = Verdict(0.0, False, "timeout")
 CRASHED = Verdict(0.0, False, "crashed")
 MAX_OWED = 64  # requests on the way to one worker at most: enough to keep it busy, few to hand on when it dies
 MAX_LOAD_FAILURES = 3
+GATHER_S = 0.001  # replies are taken this far apart while a worker has plenty to do: looking costs more than they do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +213,8 @@ class RewardPool:
         """Hands out work, waits until something happens, and returns what was decided."""
         for worker in self._workers:
             self._hand_out(worker, waiting)
+        if any(len(worker.owed) > MAX_OWED // 4 for worker in self._workers):
+            time.sleep(GATHER_S)
         readable, writable = self._wait()
         decided: list[tuple[_Item, Verdict]] = []
         for slot, worker in enumerate(self._processes()):
