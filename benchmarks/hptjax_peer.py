@@ -40,9 +40,10 @@ from hptjax.hpt.gate import demonstration_sample  # noqa: E402
 from hptjax.records import Example, Question, Request, SampleId  # noqa: E402
 
 FIRST = 3  # ids below are special in the tokenizer, and never in the data
-# Rows of a micro-batch in the GRPO and in the HPT step, what layers keep for the backward pass, tokens whose logits are
-# held at once, and devices. Few rows stay in the caches of a CPU; those of the HPT step divide its 36. At M two devices
-# would hold the weights, the sums and the moments twice.
+# Samples of a micro-batch in the GRPO and in the HPT step, what layers keep for the backward pass, tokens whose logits
+# are held at once, and devices. Few samples stay in the caches of a CPU; those of the HPT step divide its 36, and have
+# rows of their own, because half of its prompts have one sample. At M two devices would hold the weights, the sums and
+# the moments twice.
 WORK = {
     "XS": (8, 12, "none", 2048, 2),
     "S": (8, 12, "dots_no_batch", 4096, 2),
@@ -189,8 +190,9 @@ def time_steps(folder: Path) -> None:
     for number, path in enumerate(held_out):
         path.write_text(json.dumps({"prompt": common.to_text([FIRST + number] * 3), "answer": {"graded": hpt}}) + "\n")
     total = common.PROMPT + common.NEW
-    grpo_rows, hpt_rows, remat, chunk, parts = WORK[OPTIONS.size]
-    rows = hpt_rows if hpt else grpo_rows
+    at_once, hpt_rows, remat, chunk, parts = WORK[OPTIONS.size]
+    lanes = 1 if hpt else at_once // min(devices(), parts)  # a row for each device
+    rows = hpt_rows if hpt else at_once // lanes
     os.chdir(Path(__file__).parent)  # where the reward's module lies
     config = make_config(
         folder,
@@ -208,9 +210,11 @@ def time_steps(folder: Path) -> None:
         reward={"functions": [{"name": "hptjax_peer_reward:reward"}]},
         batch={
             "rows": rows,
-            "row_tokens": total,
-            "max_segments": 1,
-            "max_micro_batches": -(-common.GRPO_PROMPTS * common.GRPO_GROUP // rows),
+            "row_tokens": total if hpt else common.NEW * lanes,
+            "max_segments": lanes,
+            "max_micro_batches": -(-common.GRPO_PROMPTS * common.GRPO_GROUP // (rows * lanes)),
+            "share_prompts": not hpt,
+            "lanes": lanes,
         },
         train={"steps": steps, "updates_per_rollout_batch": 1, "eval_every": 0, "rollouts_every": 0, "probe_every": 0},
         eval={"questions": 1, "samples_per_question": 1, "train_questions": 0, "ks": [1]},

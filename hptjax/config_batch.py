@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from hptjax.config import Config, StageConfig
 from hptjax.config_methods import (
@@ -113,17 +114,60 @@ def samples_per_update(config: Config, *, method: str, questions: int) -> int:
     return max(questions // config.train.updates_per_rollout_batch * per_question, apart)
 
 
-def micro_batches_needed(config: Config, *, samples: int, bundle: int = 1) -> int:
+def shared_tokens(config: Config) -> int:
+    """Positions before a row's own that hold the prompt which its samples share; 0: each sample brings its prompt."""
+    return max(1, config.data.max_prompt_tokens - 1) if config.batch.share_prompts else 0
+
+
+def row_positions(config: Config) -> int:
+    """Positions of a row that a forward pass computes."""
+    return shared_tokens(config) + config.batch.row_tokens
+
+
+def row_room(config: Config) -> dict[str, Any]:
+    """What `hpt.assemble.assemble` must know of a micro-batch's rows, by its names."""
+    batch = config.batch
+    return {
+        "rows": batch.rows,
+        "row_tokens": batch.row_tokens,
+        "max_segments": batch.max_segments,
+        "lanes": batch.lanes,
+        "shared_tokens": shared_tokens(config),
+    }
+
+
+def longest_in_row(config: Config) -> int:
+    """The most positions that a sample takes up in a row."""
+    completion = config.rollout.max_completion_tokens
+    return completion if config.batch.share_prompts else config.data.max_prompt_tokens + completion
+
+
+def samples_in_row(config: Config, bundle: int = 1) -> int:
+    """Samples of the greatest length that a row holds: whole bundles of `bundle`, none of them in two lanes."""
+    batch = config.batch
+    seats, positions = batch.max_segments // batch.lanes, batch.row_tokens // batch.lanes
+    return batch.lanes * bundle * min(seats // bundle, positions // (bundle * longest_in_row(config)))
+
+
+def micro_batches_needed(config: Config, *, samples: int, method: str | None = None, bundle: int = 1) -> int:
     """Micro-batches that hold `samples` samples of the greatest length, packed by any rule that fills open rows.
 
     Samples come in bundles of `bundle` that share a row.
 
     A row that refuses a sample of at most `longest` tokens already holds `row_tokens // longest` samples (or
-    `max_segments`), so ceil(samples / that) rows are enough whatever the lengths are.
+    `max_segments`), so ceil(samples / that) rows are enough whatever the lengths are. Where rows hold one prompt each,
+    that is so for the samples of every question; those that wait for an update of their own may all be of different
+    ones.
+
+    Args
+      method: whose samples they are; that of the last stage if not said.
     """
-    longest = bundle * (config.data.max_prompt_tokens + config.rollout.max_completion_tokens)
-    per_row = min(config.batch.max_segments // bundle, config.batch.row_tokens // longest)
-    return math.ceil(math.ceil(samples / bundle / per_row) / config.batch.rows)
+    per_row, per_question = samples_in_row(config, bundle), samples
+    if config.batch.share_prompts:
+        name = method or config.method
+        per_question = 1 if name in APART else samples_per_question(name, config.rollout.group_size)
+    rows = math.ceil(samples / per_question) * math.ceil(per_question / per_row)
+    return math.ceil(rows / config.batch.rows)
 
 
 def mesh_sizes(config: Config) -> dict[str, int]:

@@ -37,7 +37,7 @@ AT_LEAST_ONE = (
     "data.max_prompt_tokens "
     "rollout.group_size rollout.max_completion_tokens rollout.slots rollout.prefill_rows rollout.tokens_per_call "
     "rollout.cache_capacity rollout.cache_page reward.workers "
-    "batch.rows batch.row_tokens batch.max_segments batch.max_micro_batches "
+    "batch.rows batch.row_tokens batch.max_segments batch.max_micro_batches batch.lanes "
     "train.steps train.updates_per_rollout_batch train.log_every eval.questions eval.samples_per_question "
     "checkpoint.every_steps checkpoint.keep_last mesh.replica mesh.data mesh.fsdp mesh.sequence mesh.tensor "
     "rollout.server.concurrency rollout.server.attempts "

@@ -7,7 +7,14 @@ import re
 from collections.abc import Iterator
 
 from hptjax.config import Config
-from hptjax.config_batch import micro_batches_needed, samples_per_update, schedule_of, stage_list, steps_of
+from hptjax.config_batch import (
+    longest_in_row,
+    micro_batches_needed,
+    samples_per_update,
+    schedule_of,
+    stage_list,
+    steps_of,
+)
 from hptjax.config_methods import samples_per_bundle
 from hptjax.config_problem import Problem
 
@@ -15,23 +22,29 @@ from hptjax.config_problem import Problem
 def batch_problems(config: Config) -> Iterator[Problem]:
     """What is wrong with `[batch]`: whether every stage fits into its micro-batches."""
     batch = config.batch
-    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    yield from _sharing_problems(config)
+    longest, lanes = longest_in_row(config), batch.lanes
     for place, method, questions in steps_of(config):
         bundle = samples_per_bundle(method)
-        if batch.row_tokens < bundle * longest:
+        least = lanes * bundle * longest
+        if batch.row_tokens < least:
             pair = "twice (the two samples of a pair share a row) " if bundle == 2 else ""
+            each = "batch.lanes x " if lanes > 1 else ""
+            prompt = "" if batch.share_prompts else "data.max_prompt_tokens + "
             yield (
-                f"batch.row_tokens of at least {bundle * longest} for {place} ({method}: {pair}"
-                "data.max_prompt_tokens + rollout.max_completion_tokens)",
+                f"batch.row_tokens of at least {least} for {place} ({method}: {pair}{each}{prompt}"
+                "rollout.max_completion_tokens)",
                 f"{batch.row_tokens}",
                 "batch.row_tokens",
             )
-        if batch.max_segments < bundle:
+        if batch.max_segments < lanes * bundle:
             yield (
-                f"batch.max_segments of at least {bundle} for {method}",
+                f"batch.max_segments of at least {lanes * bundle} for {method}",
                 f"{batch.max_segments}",
                 "batch.max_segments",
             )
+        if batch.row_tokens < least or batch.max_segments < lanes * bundle:
+            continue
         if questions % config.train.updates_per_rollout_batch:
             yield (
                 f"questions per step of {place} to be a multiple of train.updates_per_rollout_batch "
@@ -40,7 +53,7 @@ def batch_problems(config: Config) -> Iterator[Problem]:
                 "data.questions_per_step or train.updates_per_rollout_batch",
             )
         samples = samples_per_update(config, method=method, questions=questions)
-        needed = micro_batches_needed(config, samples=samples, bundle=bundle)
+        needed = micro_batches_needed(config, samples=samples, method=method, bundle=bundle)
         if needed > batch.max_micro_batches:
             yield (
                 f"batch.max_micro_batches of at least {needed} for {place} ({samples} samples of up to {longest} "
@@ -48,6 +61,30 @@ def batch_problems(config: Config) -> Iterator[Problem]:
                 f"{batch.max_micro_batches}",
                 "batch.max_micro_batches, batch.rows or data.questions_per_step",
             )
+
+
+def _sharing_problems(config: Config) -> Iterator[Problem]:
+    """What is wrong with `batch.share_prompts` and `batch.lanes` in themselves."""
+    batch = config.batch
+    if not batch.share_prompts:
+        if batch.lanes > 1:
+            yield "batch.lanes of 1 where rows do not share a prompt", f"{batch.lanes}", "batch.share_prompts"
+        return
+    for field in ("row_tokens", "max_segments"):
+        if getattr(batch, field) % batch.lanes:
+            yield (
+                f"batch.{field} to be a multiple of batch.lanes ({batch.lanes})",
+                f"{getattr(batch, field)}",
+                f"batch.{field} or batch.lanes",
+            )
+    if config.mesh.sequence > 1:
+        yield "mesh.sequence of 1 with batch.share_prompts", f"{config.mesh.sequence}", "mesh.sequence"
+    if config.model.attention not in ("auto", "reference"):
+        yield (
+            'model.attention of "auto" or "reference" with batch.share_prompts, which has the plain form alone',
+            f"{config.model.attention}",
+            "model.attention or batch.share_prompts",
+        )
 
 
 def stage_problems(config: Config) -> Iterator[Problem]:

@@ -31,6 +31,8 @@ class BatchConfig:
     row_tokens: int = 128  # T
     max_segments: int = 8  # S, samples in a row
     max_micro_batches: int = 16  # M, per update
+    share_prompts: bool = False  # samples of one prompt share a row, and the prompt is computed once for all of them
+    lanes: int = 1  # equal parts of such a row, that no sample crosses
 
 
 @dataclasses.dataclass(frozen=True)

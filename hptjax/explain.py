@@ -13,8 +13,11 @@ from hptjax.config import Config
 from hptjax.config_batch import (
     StageSchedule,
     micro_batches_needed,
+    row_positions,
+    samples_in_row,
     samples_per_update,
     schedule_of,
+    shared_tokens,
     stage_alone,
     stage_list,
     steps_of,
@@ -144,14 +147,17 @@ def update_lines(config: Config) -> list[str]:
     else:
         lines.append(f"samples      {samples}")
     prompt, completion = config.data.max_prompt_tokens, rollout.max_completion_tokens
-    positions = batch.rows * batch.row_tokens
-    per_row = min(batch.max_segments, batch.row_tokens // longest)
-    needed = micro_batches_needed(config, samples=samples, bundle=samples_per_bundle(config.method))
+    positions = batch.rows * row_positions(config)
+    row = f"({shared_tokens(config)} shared + {batch.row_tokens})" if batch.share_prompts else f"{batch.row_tokens}"
+    per_row = samples_in_row(config)
+    needed = micro_batches_needed(
+        config, samples=samples, method=config.method, bundle=samples_per_bundle(config.method)
+    )
     later = "; the later ones are off-policy" if updates > 1 and learns_from_rollouts(config.method) else ""
     return [
         *lines,
         f"longest      {prompt} prompt + {completion} completion = {longest} tokens",
-        f"micro-batch  {batch.rows} rows x {batch.row_tokens} tokens = {positions} positions, {per_row} to "
+        f"micro-batch  {batch.rows} rows x {row} tokens = {positions} positions, {per_row} to "
         + f"{batch.max_segments} samples in a full row",
         f"per update   at most {needed} micro-batches needed, {batch.max_micro_batches} allowed "
         + "(batch.max_micro_batches)",

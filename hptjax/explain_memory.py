@@ -17,7 +17,7 @@ from hptjax.build.frozen import reads_start
 from hptjax.build.mesh import check_mesh, rollout_rules, training_rules
 from hptjax.build.sampler import decode_shape
 from hptjax.config import Config
-from hptjax.config_batch import SHORT_ROW_TOKENS, mesh_devices, mesh_sizes, mesh_words
+from hptjax.config_batch import SHORT_ROW_TOKENS, mesh_devices, mesh_sizes, mesh_words, row_positions, shared_tokens
 from hptjax.config_model import ShapeConfig
 from hptjax.explain import human_bytes
 from hptjax.model_shape import adapter_count, asked_adapter
@@ -102,8 +102,12 @@ def held(config: Config, shape: DecoderConfig) -> list[Held]:
         named_shardings(mesh, cache_axes(int8=int8_cache), cache, sampling),
         lambda name: FP32_BYTES if name.endswith("scales") else 1 if int8_cache else compute_bytes,
     )
-    positions = config.batch.rows * config.batch.row_tokens
-    logits = min(config.model.logprob_chunk_tokens, positions) * shape.vocab_size * FP32_BYTES
+    positions = config.batch.rows * row_positions(config)
+    logits = (
+        min(config.model.logprob_chunk_tokens, config.batch.rows * config.batch.row_tokens)
+        * shape.vocab_size
+        * FP32_BYTES
+    )
     over = math.prod(parts(sizes, name, training) for name in ("batch", "time", "vocab"))
     away = config.optimizer.host_memory
     fp32, fp32_device = whole * FP32_BYTES, device * FP32_BYTES
@@ -143,8 +147,9 @@ def layer_entries(config: Config, shape: DecoderConfig, sizes: dict[str, int], r
     """
     remat, width, mlp = config.model.remat, shape.hidden_size, shape.mlp_size
     heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    plain = config.model.attention == "reference" or config.batch.row_tokens <= SHORT_ROW_TOKENS
-    scores = shape.num_heads * config.batch.row_tokens if plain else 0
+    seen = shared_tokens(config) + config.batch.row_tokens // config.batch.lanes
+    plain = config.batch.share_prompts or config.model.attention == "reference" or seen <= SHORT_ROW_TOKENS
+    scores = shape.num_heads * seen if plain else 0
     products = {"embed": 3 * width, "heads": heads, "kv_heads": 2 * kv, "mlp": 2 * mlp}
     kept: dict[str, int] = {
         "none": {"embed": 4 * width, "heads": 2 * heads + scores, "kv_heads": 2 * kv, "mlp": 3 * mlp},

@@ -3,7 +3,8 @@
 Alignment, said once: `logprobs[b, t]` belongs to `target_tokens[b, t]` given `input_tokens[b, :t + 1]`, and every
 [B T] array uses this alignment. A token is *live* where `completion_mask` is True: it is trained on.
 
-Dims: B packed rows, T target positions in a row, S segments in a row, N samples, K term planes, M micro-batches.
+Dims: B packed rows, T target positions in a row, P positions of a shared prompt, S segments in a row, N samples, K term
+planes, M micro-batches.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class MicroBatch:
 
     Args
       segment_ids: 0 is padding, 1..S count the segments of a row; attention never crosses them.
-      positions: restart at 0 in each segment.
+      positions: restart in each segment, at 0 or behind the shared prompt.
       completion_mask: True on live tokens.
       planes: term name -> its weights and advantages; the names are static.
       sampler_logprobs, rollout_logprobs, reference_logprobs, teacher_logprobs, demonstration_logprobs: nats; zeros
@@ -49,6 +50,9 @@ class MicroBatch:
         prompt and forced prefix; 0 if no segment. None: nothing is forced.
       rollout_values: of the critic at sampling weights, reward units; only where a method has a critic.
       pair_ids: per segment, 1 upwards; the segments of a row that are compared with each other share it; 0: none.
+      shared_tokens, shared_mask: of each row, the prompt that all its segments go on from but for its last token, and
+        where there is one; each segment then begins at that last token, its positions where the prompt's stop. None:
+        every segment holds its own prompt.
       optimizer: which of a tree's optimizers takes the update (`train.optimizer.alternating`); None: there is one.
       micro_index: which micro-batch of its update this is, 0 upwards.
       planned_tokens: live tokens of every micro-batch of the update, counted on the host from the samples, not from
@@ -78,6 +82,8 @@ class MicroBatch:
     rollout_values: Float[Array, "B T"] | None = None
     pair_ids: Int[Array, "B S"] | None = None
     first_written: Int[Array, "B S"] | None = None
+    shared_tokens: Int[Array, "B P"] | None = None
+    shared_mask: Bool[Array, "B P"] | None = None
     optimizer: Int[Array, ""] | None = None
 
 

@@ -92,6 +92,10 @@ def training_attention(config: Config, shape: DecoderConfig, mesh: Mesh, rules: 
 
 def training_implementation(config: Config, shape: DecoderConfig, cuts: int, platform: str) -> Implementation:
     """What `training_attention` is on a platform, with the time axis cut over so many devices."""
+    if config.batch.share_prompts:
+        if cuts > 1:
+            raise ValueError(f"expected mesh.sequence of 1 with batch.share_prompts, got {cuts}; change one of them")
+        return "reference"
     return choose_attention(
         config.model.attention,
         tokens=config.batch.row_tokens,

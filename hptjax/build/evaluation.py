@@ -16,6 +16,7 @@ from hptjax.build.adapters import with_frozen
 from hptjax.build.data import Questions, request_maker
 from hptjax.build.policy import Policy
 from hptjax.config import Config
+from hptjax.config_batch import row_room
 from hptjax.data import tokenizer as text
 from hptjax.diagnostics.intervals import Estimate
 from hptjax.eval.evaluate import EvalResult, eval_metrics, evaluate, heldout_demonstration_nll, panel_rows
@@ -188,9 +189,7 @@ def _demonstration_batches(config: Config, policy: Policy, questions: Sequence[Q
     update = assemble(
         [demonstration_sample(question) for question in questions],
         [term],
-        rows=config.batch.rows,
-        row_tokens=config.batch.row_tokens,
-        max_segments=config.batch.max_segments,
+        **row_room(config),
         max_micro_batches=len(questions),
     )
     return [put_micro_batch(policy.mesh, micro_batch, policy.rules) for micro_batch in update.micro_batches]

@@ -14,7 +14,7 @@ from hptjax.build.adapters import BASE
 from hptjax.build.method import chosen_method, needs_of
 from hptjax.build.policy import Policy, build_functions
 from hptjax.config import Config
-from hptjax.config_batch import stage_list
+from hptjax.config_batch import row_room, stage_list
 from hptjax.hpt.assemble import assemble
 from hptjax.hpt.gate import demonstration_sample
 from hptjax.hpt.terms import Term
@@ -137,9 +137,7 @@ def with_author_logprobs(config: Config, policy: Policy, questions: Sequence[Que
         update = assemble(
             [demonstration_sample(question) for question in part if len(question.demonstration_tokens)],
             [everything],
-            rows=batch.rows,
-            row_tokens=batch.row_tokens,
-            max_segments=batch.max_segments,
+            **row_room(config),
             max_micro_batches=batch.max_micro_batches,
         )
         values = [

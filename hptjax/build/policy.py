@@ -20,6 +20,7 @@ from hptjax.data.tokenizer import load_tokenizer, stop_ids, vocabulary_size
 from hptjax.losses.logprobs import TokenStats, token_logprobs
 from hptjax.model_shape import asked_adapter, decoder_shape
 from hptjax.models import decoder
+from hptjax.models.attention_shared import SharedPrompt
 from hptjax.models.folder_config import read_eos_ids
 from hptjax.models.folder_slices import load_placed
 from hptjax.models.quantise import quantised_matrices, with_scales
@@ -131,6 +132,9 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
 
     def token_stats(want_entropy: bool) -> TokenStatsFn:
         def stats(params: Params, micro_batch: MicroBatch) -> TokenStats:
+            shared = None
+            if micro_batch.shared_tokens is not None and micro_batch.shared_mask is not None:
+                shared = SharedPrompt(micro_batch.shared_tokens, micro_batch.shared_mask, config.batch.lanes)
             hidden = decoder.forward(
                 params,
                 micro_batch.input_tokens,
@@ -140,6 +144,7 @@ def build_functions(config: Config, shape: DecoderConfig, mesh: jax.sharding.Mes
                 compute_dtype=dtype,
                 constrain=constrain,
                 attention=attention,
+                shared=shared,
                 remat=config.model.remat,
                 unroll=unroll,
             )

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from hptjax.build.adapters import BASE, Frozen
 from hptjax.build.method import Recipe, build_recipe, stability_mask
 from hptjax.config import Config, StageConfig
-from hptjax.config_batch import schedule_of
+from hptjax.config_batch import row_room, schedule_of
 from hptjax.hpt.assemble import Update, assemble
 from hptjax.hpt.control import Controls
 from hptjax.hpt.route import Routed
@@ -121,7 +121,7 @@ def _final_norm(params: Params, shardings: Any, frozen: Frozen) -> tuple[Any, An
 
 def make_assembler(config: Config, recipe: Recipe) -> Callable[..., Update]:
     """`hpt.assemble.assemble` for the terms of a recipe, with what else its micro-batches carry."""
-    batch = config.batch
+    room, max_micro_batches = row_room(config), config.batch.max_micro_batches
 
     def assembler(
         samples: Sequence[Sample],
@@ -135,10 +135,8 @@ def make_assembler(config: Config, recipe: Recipe) -> Callable[..., Update]:
         update = assemble(
             samples,
             recipe.terms(step, controls or {}),
-            rows=batch.rows,
-            row_tokens=batch.row_tokens,
-            max_segments=batch.max_segments,
-            max_micro_batches=batch.max_micro_batches,
+            **room,
+            max_micro_batches=max_micro_batches,
             dead=dead,
             scales=None if routed is None else routed.scales,
             advantages=None if routed is None else routed.advantages,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int, UInt32
+from jaxtyping import Bool, Int, UInt32
 
 from hptjax.hpt.terms import TermValues, written_span
 from hptjax.records import Sample, Source
@@ -21,9 +21,11 @@ def micro_batch_arrays(
     sample_hashes: UInt32[np.ndarray, "N 2"],
     planned_tokens: Int[np.ndarray, " M"],
     planned_digest: UInt32[np.ndarray, "M 2"],
+    starts: Int[np.ndarray, " N"],
     rows: int,
     row_tokens: int,
     max_segments: int,
+    shared_tokens: int = 0,
 ) -> tuple[MicroBatch, ...]:
     """The arrays: every micro-batch is a view into one array per field, filled by flat indices.
 
@@ -31,20 +33,22 @@ def micro_batch_arrays(
       layout: micro-batch -> row -> places in `samples`; each place once.
       values: term name -> what it says about each sample; becomes one plane.
       active: the terms whose tokens are live.
+      starts: where in its row each sample begins. shared_tokens: room for the prompt that a row's samples share, all of
+        it but its last token; 0: every sample brings its own.
       sample_hashes: of the samples' ids. planned_tokens, planned_digest: go into every micro-batch as they are.
     Returns padding with token 0, segment 0, weight 0 and mask False.
     """
     count = len(samples)
     prompts = np.asarray([len(s.prompt_tokens) for s in samples], np.int64)
     completions = np.asarray([len(s.completion_tokens) for s in samples], np.int64)
-    lengths = prompts + completions - 1
-    base, segment = np.zeros(count, np.int64), np.zeros(count, np.int64)  # flat first position; place among segments
+    elsewhere = prompts - 1 if shared_tokens else np.zeros(count, np.int64)  # what the row's shared prompt holds of it
+    lengths = prompts + completions - 1 - elsewhere
+    # of a sample's own position 0, also where that stands elsewhere, as flat index; place among segments
+    base, segment = np.zeros(count, np.int64), np.zeros(count, np.int64)
     for m, group in enumerate(layout):
         for r, members in enumerate(group):
-            offset = (m * rows + r) * row_tokens
-            for seat, i in enumerate(members):
-                base[i], segment[i] = offset, (m * rows + r) * max_segments + seat
-                offset += int(lengths[i])
+            base[members] = (m * rows + r) * row_tokens + starts[members] - elsewhere[members]
+            segment[members] = (m * rows + r) * max_segments + np.arange(len(members))
 
     def positions_array(dtype: type) -> np.ndarray:
         return np.zeros(len(layout) * rows * row_tokens, dtype)
@@ -65,9 +69,9 @@ def micro_batch_arrays(
     if count:
         stream = np.concatenate([part for s in samples for part in (s.prompt_tokens, s.completion_tokens)])
         first = np.cumsum(prompts + completions) - (prompts + completions)
-        where, whence = _runs(base, lengths), _runs(first, lengths)
+        where, whence = _runs(base + elsewhere, lengths), _runs(first + elsewhere, lengths)
         inputs[where], targets[where] = stream[whence], stream[whence + 1]
-        positions[where] = _runs(np.zeros(count, np.int64), lengths)
+        positions[where] = _runs(elsewhere, lengths)
         segment_ids[where] = np.repeat(segment % max_segments + 1, lengths)
         written = _runs(base + prompts - 1, completions)
         sampler_logprobs[written] = np.concatenate([s.sampler_logprobs for s in samples])
@@ -93,6 +97,7 @@ def micro_batch_arrays(
     pair_ids = segments_array(0, np.int32, _pairs_by_seat(samples, segment, max_segments))
     first_written = segments_array(0, np.int32, np.asarray([written_span(s)[0] for s in samples], np.int32))
     unscored = cut(positions_array(np.float32))
+    shared, shared_mask = _shared_prompts(samples, layout, rows, shared_tokens)
     return tuple(
         MicroBatch(
             input_tokens=cut(inputs)[m],
@@ -112,6 +117,8 @@ def micro_batch_arrays(
             source=source[m],
             pair_ids=pair_ids[m],
             first_written=first_written[m],
+            shared_tokens=shared[m] if shared_tokens else None,
+            shared_mask=shared_mask[m] if shared_tokens else None,
             micro_index=np.asarray(m, np.int32),
             planned_tokens=planned_tokens,
             planned_digest=planned_digest,
@@ -124,6 +131,19 @@ def _runs(starts: Int[np.ndarray, " N"], counts: Int[np.ndarray, " N"]) -> Int[n
     """starts[0], starts[0] + 1, ... (counts[0] of them), then starts[1] ...: many ranges in one array."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
+
+
+def _shared_prompts(
+    samples: Sequence[Sample], layout: Sequence[Sequence[Sequence[int]]], rows: int, room: int
+) -> tuple[Int[np.ndarray, "M B P"], Bool[np.ndarray, "M B P"]]:
+    """Of each row that holds samples, their prompt without its last token."""
+    tokens, mask = np.zeros((len(layout), rows, room), np.int32), np.zeros((len(layout), rows, room), np.bool_)
+    if room:
+        for m, group in enumerate(layout):
+            for r, members in enumerate(group):
+                prompt = samples[members[0]].prompt_tokens[:-1]
+                tokens[m, r, : len(prompt)], mask[m, r, : len(prompt)] = prompt, True
+    return tokens, mask
 
 
 def _author_logprobs(sample: Sample) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt32
@@ -11,6 +12,7 @@ from jaxtyping import Int, UInt32
 from hptjax.hpt.arrays import micro_batch_arrays
 from hptjax.hpt.digest import digest, sample_hashes
 from hptjax.hpt.pack import group_rows, pack
+from hptjax.hpt.pack_shared import pack_by_prompt, starts_in_rows
 from hptjax.hpt.terms import GivenAdvantage, Term, TermValues, live_token_counts, target_length, term_values
 from hptjax.masked import ratio
 from hptjax.records import Sample, SampleId, Source
@@ -79,6 +81,8 @@ def assemble(
     row_tokens: int,
     max_segments: int,
     max_micro_batches: int,
+    lanes: int = 1,
+    shared_tokens: int = 0,
     dead: frozenset[SampleId] = frozenset(),
     advantages: Mapping[str, Mapping[SampleId, GivenAdvantage]] | None = None,
     scales: Mapping[str, Mapping[SampleId, float]] | None = None,
@@ -93,6 +97,8 @@ def assemble(
       samples: what the gate left, in whole groups; sample ids are unique.
       terms: one plane each; a token is live if a term with coefficient > 0 covers it, whatever its advantage.
       rows, row_tokens, max_segments, max_micro_batches: config `batch.*`: B, T, S and M of `MicroBatch`.
+      shared_tokens: P, room for the prompt that all samples of a row share, all of it but its last token; 0: every
+        sample brings its own. lanes: equal parts of such a row, N.
       dead: samples that count in the statistics of their group and nowhere else, e.g. overlong ones.
       advantages: term name -> sample id -> given advantage (or one per token of its run), instead of the term's own.
       scales: term name -> sample id -> factor of its weights, see `term_values`.
@@ -132,10 +138,17 @@ def assemble(
     chosen = [ordered[i] for i in packed]
     values = [_take(v, packed) for v in values]
     live = live[packed]
-    lengths = np.asarray([target_length(s) for s in chosen], np.int64)
     pair_ids = np.asarray([s.pair_id for s in chosen], np.int64)
     ids = tuple(s.sample_id for s in chosen)
-    row_members = pack(lengths, pair_ids, row_tokens=row_tokens, max_segments=max_segments, names=ids)
+    room: dict[str, Any] = {"row_tokens": row_tokens, "max_segments": max_segments, "names": ids}
+    if shared_tokens:
+        _check_prompts(chosen, shared_tokens)
+        lengths = np.asarray([len(s.completion_tokens) for s in chosen], np.int64)
+        row_members, starts = pack_by_prompt([_key(s) for s in chosen], lengths, pair_ids, lanes=lanes, **room)
+    else:
+        lengths = np.asarray([target_length(s) for s in chosen], np.int64)
+        row_members = pack(lengths, pair_ids, **room)
+        starts = starts_in_rows(row_members, lengths)
     row_live = np.asarray([live[members].sum() for members in row_members], np.int64)
     layout = [[row_members[r] for r in group] for group in group_rows(row_live, rows=rows)] or [[]]
     if len(layout) > max_micro_batches:
@@ -158,9 +171,11 @@ def assemble(
             sample_hashes=hashes,
             planned_tokens=planned,
             planned_digest=planned_digest,
+            starts=starts,
             rows=rows,
             row_tokens=row_tokens,
             max_segments=max_segments,
+            shared_tokens=shared_tokens,
         ),
         planned_tokens=planned,
         samples=tuple(chosen),
@@ -199,6 +214,19 @@ def _check_samples(ordered: Sequence[Sample]) -> None:
             )
         if not 0 <= sample.prefix_len <= written:
             raise ValueError(f"sample {name}: expected prefix_len in 0..{written}, got {sample.prefix_len}")
+
+
+def _key(sample: Sample) -> bytes:
+    return np.asarray(sample.prompt_tokens, np.int32).tobytes()
+
+
+def _check_prompts(samples: Sequence[Sample], room: int) -> None:
+    for sample in samples:
+        if len(sample.prompt_tokens) > room + 1:
+            raise ValueError(
+                f"sample {sample.sample_id} has a prompt of {len(sample.prompt_tokens)} tokens, but a row has room for "
+                f"{room + 1} that are shared: raise data.max_prompt_tokens"
+            )
 
 
 def _packed_samples(ordered: Sequence[Sample], live: Int[np.ndarray, " N"]) -> Int[np.ndarray, " L"]:

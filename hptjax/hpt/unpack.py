@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from hptjax.hpt.assemble import Update
+from hptjax.hpt.terms import target_length
 from hptjax.records import SampleId
 
 
 def by_sample(update: Update, values: Sequence[np.ndarray]) -> dict[SampleId, np.ndarray]:
-    """The values at each sample's target positions, prompt and completion, in order.
+    """The values at each sample's target positions, prompt and completion, in order; 0 where its row leaves one out.
 
     Args
       values: one [B T] array per micro-batch of the update, aligned as its `target_tokens`.
@@ -22,5 +23,7 @@ def by_sample(update: Update, values: Sequence[np.ndarray]) -> dict[SampleId, np
             for seat, place in enumerate(seats):
                 if place >= 0:
                     mine = micro_batch.segment_ids[row] == seat + 1
-                    found[update.sample_ids[place]] = np.asarray(array[row])[mine]
+                    values_of = np.zeros(target_length(update.samples[place]), array.dtype)
+                    values_of[np.asarray(micro_batch.positions[row])[mine]] = np.asarray(array[row])[mine]
+                    found[update.sample_ids[place]] = values_of
     return found

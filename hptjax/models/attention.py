@@ -62,20 +62,22 @@ def part_mask(
 
 def causal_attention(
     query: Float[Array, "B T H E"],
-    key: Float[Array, "B T K E"],
-    value: Float[Array, "B T K E"],
-    mask: Bool[Array, "B T T"],
+    key: Float[Array, "B S K E"],
+    value: Float[Array, "B S K E"],
+    mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H E"]:
-    """`attention` where no query may see a key that comes after it.
+    """`attention` where no query may see a key that comes after it. The queries are those of the last T keys.
 
     Queries come in up to QUERY_BLOCKS blocks, each over the keys up to its own end, which leaves out 3/8 of the scores.
     """
     length = query.shape[1]
+    before = key.shape[1] - length
     block = max(SMALLEST_BLOCK, -(-length // QUERY_BLOCKS))
     parts = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        parts.append(attention(query[:, start:end], key[:, :end], value[:, :end], mask[:, start:end, :end]))
+        seen = before + end
+        parts.append(attention(query[:, start:end], key[:, :seen], value[:, :seen], mask[:, start:end, :seen]))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 

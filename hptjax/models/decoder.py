@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 
 from hptjax.models.attention import PackedAttention, reference_attention
 from hptjax.models.attention_cache import attention_step, attention_step_in_blocks, attention_step_in_pages
+from hptjax.models.attention_shared import SharedPrompt, shared_attention
 from hptjax.models.cache import Cache, as_kept, step_arguments, write
 from hptjax.models.layers import Constrain, layer, rms_norm, unconstrained
 from hptjax.models.remat import Remat, rematerialised
@@ -122,6 +123,7 @@ def forward(
     compute_dtype: Any,
     constrain: Constrain = unconstrained,
     attention: PackedAttention = reference_attention,
+    shared: SharedPrompt | None = None,
     remat: Remat = "none",
     unroll: int = 1,
 ) -> Float[Array, "B T D"]:
@@ -134,17 +136,26 @@ def forward(
       positions: for the rotation; restart at 0 in each segment. segment_ids: 0 is padding.
       compute_dtype: weights are cast to it where they are used; norms and softmax stay float32.
       attention: segment ids [B T] -> attend, as `hptjax.models.attention` makes them.
+      shared: the prompt that every segment of a row goes on from: its positions follow those, it sees them, and no
+        hidden states of them are returned. The plain form of attention then, whatever `attention` is.
       remat: what the layers keep for the backward pass, see `hptjax.models.remat`.
       unroll: layers per turn of the scan; more compiles longer and copies less.
     """
-    attend, turn = attention(segment_ids), rotation(positions, config)
+    room = 0
+    if shared is None:
+        attend = attention(segment_ids)
+    else:
+        attend, room = shared_attention(segment_ids, shared), shared.tokens.shape[1]
+        first = jnp.broadcast_to(jnp.arange(room, dtype=positions.dtype)[None, :], shared.tokens.shape)
+        tokens, positions = (jnp.concatenate(pair, axis=1) for pair in ((shared.tokens, tokens), (first, positions)))
+    turn = rotation(positions, config)
 
     def body(hidden: Array, weights: dict[str, Any]) -> tuple[Array, None]:
         return layer(hidden, weights, turn, attend, config=config, constrain=constrain)[0], None
 
     hidden = embed(params, tokens, compute_dtype, constrain)
     hidden, _ = jax.lax.scan(rematerialised(body, remat), hidden, params["layers"], unroll=unroll)
-    return rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
+    return rms_norm(hidden[:, room:], params["final_norm"], config.rms_norm_eps)
 
 
 def unembedding(params: Params, config: DecoderConfig) -> Float[Array, "D V"]:

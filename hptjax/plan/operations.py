@@ -6,6 +6,7 @@ import dataclasses
 
 from hptjax.build.attention import cache_block, training_implementation
 from hptjax.config import Config
+from hptjax.config_batch import row_positions, shared_tokens
 from hptjax.model_shape import adapter_count, asked_adapter
 from hptjax.models.attention import Implementation
 from hptjax.models.shape import DecoderConfig
@@ -30,11 +31,11 @@ def program_flops(config: Config, shape: DecoderConfig, name: str, *, platform: 
     Decode is taken in the middle of its completions: half of the completion is cached beside the whole prompt.
     """
     batch, rollout = config.batch, config.rollout
-    positions = batch.rows * batch.row_tokens
+    positions, own = batch.rows * row_positions(config), batch.rows * batch.row_tokens
     if name in ("train step", "score"):
         kind = training_implementation(config, shape, config.mesh.sequence, platform)
         pairs = batch.rows * multiplied_pairs(config, kind)
-        forward = forward_flops(shape, tokens=positions, pairs=pairs, logits=positions)
+        forward = forward_flops(shape, tokens=positions, pairs=pairs, logits=own)
         adapters = adapter_flops(config, shape, positions)
         if name == "score":
             return dataclasses.replace(forward, matmuls=forward.matmuls + (adapters or 0.0))
@@ -82,6 +83,9 @@ def multiplied_pairs(config: Config, kind: Implementation) -> float:
     With the time axis cut, attention in tiles computes all of them, because every device runs the same program.
     """
     tokens, block = config.batch.row_tokens, config.model.attention_block
+    if config.batch.share_prompts:
+        prompt, lane = shared_tokens(config), tokens // config.batch.lanes
+        return float(prompt * prompt + tokens * (prompt + lane))
     if kind == "reference" or (kind == "chunked" and config.mesh.sequence > 1):
         return float(tokens * tokens)
     return tokens * (tokens + min(block, tokens)) / 2

@@ -189,7 +189,7 @@ def step_time(config: Config, stage: StageConfig, shape: DecoderConfig, plan: Pl
     updates = config.train.updates_per_rollout_batch
     questions = stage.questions_per_step or config.data.questions_per_step
     samples = samples_per_update(config, method=stage.method, questions=questions)
-    micro_batches = micro_batches_needed(config, samples=samples)
+    micro_batches = micro_batches_needed(config, samples=samples, method=stage.method)
     sampled = 0.0
     if learns_from_rollouts(stage.method):
         fills, prefills = rollouts_per_step(config, stage)

@@ -13,7 +13,7 @@ from typing import Any
 from hptjax.build.attention import training_implementation
 from hptjax.build.mesh import check_mesh
 from hptjax.config import Config, MeshConfig
-from hptjax.config_batch import mesh_sizes, mesh_words, samples_per_update, stage_list
+from hptjax.config_batch import mesh_sizes, mesh_words, row_positions, samples_per_update, stage_list
 from hptjax.model_shape import adapter_count, asked_adapter
 from hptjax.models.shape import DecoderConfig
 from hptjax.plan.chips import GIB, Slices
@@ -113,7 +113,7 @@ def judged(config: Config, shape: DecoderConfig, slices: Slices) -> Candidate:
     sizes, batch, chip = mesh_sizes(config), config.batch, slices.chip
     gathered = sizes["fsdp"] if config.mesh.rules == "fsdp" else 1
     weights = layer_weights(shape) + shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
-    tokens = batch.rows * batch.row_tokens / (sizes["replica"] * sizes["data"] * sizes["fsdp"] * sizes["sequence"])
+    tokens = batch.rows * row_positions(config) / (sizes["replica"] * sizes["data"] * sizes["fsdp"] * sizes["sequence"])
     kept = KEPT_PER_TOKEN[config.model.remat]
     activations = tokens * shape.num_layers * shape.hidden_size * COMPUTE_BYTES * kept
     # of one layer at work, forward and backward, and of the loss: two arrays of a chunk's logits

@@ -43,6 +43,8 @@ SEGMENT_FIELDS = (
     "source",
     "pair_ids",
     "first_written",
+    "shared_tokens",
+    "shared_mask",
 )  # rows of segments; the others are [B T]
 
 

@@ -23,7 +23,15 @@ ScorePass = Callable[[Mapping[str, Params], MicroBatch], dict[str, Any]]
 """Named parameters and a micro-batch -> name -> [B T], such as `rollout_logprobs`, at these parameters."""
 
 IN_MICRO_BATCH = ("rollout_logprobs", "rollout_values")
-PACKED = ("input_tokens", "target_tokens", "positions", "segment_ids", "completion_mask", "sample_index")
+PACKED = (
+    "input_tokens",
+    "target_tokens",
+    "positions",
+    "segment_ids",
+    "completion_mask",
+    "sample_index",
+    "shared_tokens",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

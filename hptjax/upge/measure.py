@@ -20,6 +20,7 @@ import optax
 
 from hptjax.build.method import met_needs, options
 from hptjax.build.parts import Parts
+from hptjax.config_batch import row_room
 from hptjax.hpt.assemble import Update, assemble
 from hptjax.hpt.terms import Term
 from hptjax.losses.estimator import Need
@@ -143,7 +144,6 @@ def _look(entry: MeasuredRow, batch: _Scored, tally: _Tally, programs: _Programs
 
 def _packed(parts: Parts, rows: Sequence[MeasuredRow], draw: Draw) -> Update:
     """The draw as one update in which every row is a plane."""
-    batch = parts.config.batch
     rollouts, demonstrations = frozenset({Source.ROLLOUT}), frozenset({Source.DEMONSTRATION})
     terms = [
         Term(
@@ -161,9 +161,7 @@ def _packed(parts: Parts, rows: Sequence[MeasuredRow], draw: Draw) -> Update:
     return assemble(
         samples,
         terms,
-        rows=batch.rows,
-        row_tokens=batch.row_tokens,
-        max_segments=batch.max_segments,
+        **row_room(parts.config),
         max_micro_batches=len(samples),
     )
 
