@@ -150,7 +150,12 @@ def samples_in_row(config: Config, bundle: int = 1) -> int:
 
 
 def micro_batches_needed(config: Config, *, samples: int, method: str | None = None, bundle: int = 1) -> int:
-    """Micro-batches that hold `samples` samples of the greatest length, packed by any rule that fills open rows.
+    """Micro-batches of `rows_needed` rows."""
+    return math.ceil(rows_needed(config, samples=samples, method=method, bundle=bundle) / config.batch.rows)
+
+
+def rows_needed(config: Config, *, samples: int, method: str | None = None, bundle: int = 1) -> int:
+    """Rows that hold `samples` samples of the greatest length, packed by any rule that fills open rows.
 
     Samples come in bundles of `bundle` that share a row.
 
@@ -162,12 +167,12 @@ def micro_batches_needed(config: Config, *, samples: int, method: str | None = N
     Args
       method: whose samples they are; that of the last stage if not said.
     """
-    per_row, per_question = samples_in_row(config, bundle), samples
+    per_row, per_question, apart = samples_in_row(config, bundle), max(samples, 1), 0
     if config.batch.share_prompts:
         name = method or config.method
-        per_question = 1 if name in APART else samples_per_question(name, config.rollout.group_size)
-    rows = math.ceil(samples / per_question) * math.ceil(per_question / per_row)
-    return math.ceil(rows / config.batch.rows)
+        per_question = samples_per_question(name, config.rollout.group_size)
+        apart = config.methods.relift_buffer if name in APART else 0
+    return max(math.ceil(samples / per_question) * math.ceil(per_question / per_row), apart)
 
 
 def mesh_sizes(config: Config) -> dict[str, int]:

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 
 from hptjax.config import Config
 from hptjax.config_batch import (
+    SHORT_ROW_TOKENS,
     longest_in_row,
     micro_batches_needed,
+    samples_in_row,
     samples_per_update,
     schedule_of,
+    shared_tokens,
     stage_list,
     steps_of,
 )
@@ -24,6 +27,7 @@ def batch_problems(config: Config) -> Iterator[Problem]:
     batch = config.batch
     yield from _sharing_problems(config)
     longest, lanes = longest_in_row(config), batch.lanes
+    one_prompt = ", a row for each prompt" if batch.share_prompts else ""
     for place, method, questions in steps_of(config):
         bundle = samples_per_bundle(method)
         least = lanes * bundle * longest
@@ -43,7 +47,7 @@ def batch_problems(config: Config) -> Iterator[Problem]:
                 f"{batch.max_segments}",
                 "batch.max_segments",
             )
-        if batch.row_tokens < least or batch.max_segments < lanes * bundle:
+        if not samples_in_row(config, bundle):
             continue
         if questions % config.train.updates_per_rollout_batch:
             yield (
@@ -57,7 +61,7 @@ def batch_problems(config: Config) -> Iterator[Problem]:
         if needed > batch.max_micro_batches:
             yield (
                 f"batch.max_micro_batches of at least {needed} for {place} ({samples} samples of up to {longest} "
-                f"tokens in micro-batches of {batch.rows} x {batch.row_tokens})",
+                f"tokens in micro-batches of {batch.rows} x {batch.row_tokens}{one_prompt})",
                 f"{batch.max_micro_batches}",
                 "batch.max_micro_batches, batch.rows or data.questions_per_step",
             )
@@ -79,11 +83,13 @@ def _sharing_problems(config: Config) -> Iterator[Problem]:
             )
     if config.mesh.sequence > 1:
         yield "mesh.sequence of 1 with batch.share_prompts", f"{config.mesh.sequence}", "mesh.sequence"
-    if config.model.attention not in ("auto", "reference"):
+    seen = shared_tokens(config) + batch.row_tokens // batch.lanes
+    if config.model.attention != "reference" and (config.model.attention != "auto" or seen > SHORT_ROW_TOKENS):
         yield (
-            'model.attention of "auto" or "reference" with batch.share_prompts, which has the plain form alone',
-            f"{config.model.attention}",
-            "model.attention or batch.share_prompts",
+            'model.attention "reference" with batch.share_prompts (or "auto" where a prompt and a lane have at most '
+            f"{SHORT_ROW_TOKENS} positions): it has the plain form alone, with all its scores",
+            f'"{config.model.attention}" and {seen} positions',
+            "model.attention, batch.lanes or batch.share_prompts",
         )
 
 

@@ -52,7 +52,7 @@ def fitted(config: Config) -> Config:
     rollout = dataclasses.replace(
         config.rollout, cache_capacity=longest, prompt_buckets=(*buckets, config.data.max_prompt_tokens)
     )
-    batch = dataclasses.replace(config.batch, row_tokens=longest)
+    batch = dataclasses.replace(config.batch, row_tokens=longest, share_prompts=False, lanes=1)
     return dataclasses.replace(config, rollout=rollout, batch=batch)
 
 

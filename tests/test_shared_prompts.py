@@ -18,7 +18,7 @@ from hptjax.config_batch import micro_batches_needed, row_room
 from hptjax.config_check import check
 from hptjax.hpt.assemble import assemble
 from hptjax.hpt.pack_shared import pack_by_prompt
-from hptjax.hpt.terms import Term
+from hptjax.hpt.terms import Term, whole_span
 from hptjax.hpt.unpack import by_sample
 from hptjax.losses.advantages import centred, ones
 from hptjax.losses.logprobs import token_logprobs
@@ -281,12 +281,48 @@ def test_pack_by_prompt_keeps_pairs_in_one_lane():
     assert starts.tolist() == [8, 0, 11, 4]
 
 
+def test_shared_assembly_refuses_a_pair_of_two_prompts_and_a_term_over_a_prompt():
+    samples = a_batch(0)
+    pair = [dataclasses.replace(samples[place], pair_id=3) for place in (0, 2)]
+    with pytest.raises(ValueError, match="sample 1/0/1 and another of its pair have different prompts"):
+        assemble(pair, TERMS, **SHARED)
+    everything = Term("all", frozenset(Source), 1.0, token_mean, ones, span=whole_span)
+    with pytest.raises(ValueError, match=r"got one over its prompt: set batch\.share_prompts to false"):
+        assemble(samples, [everything], **SHARED)
+
+
+def test_shared_prompts_count_once_in_what_a_step_costs():
+    samples = a_batch(5)
+    own, shared = assemble(samples, TERMS, **OWN), assemble(samples, TERMS, lanes=3, **SHARED)
+    written = sum(len(sample.completion_tokens) for sample in samples)
+    assert own.packed_tokens == written + sum(len(sample.prompt_tokens) - 1 for sample in samples)
+    assert own.fill == own.packed_tokens / (len(own.micro_batches) * 2 * 40)
+    prompts = sum(int(micro_batch.shared_mask.sum()) for micro_batch in shared.micro_batches)
+    assert shared.packed_tokens == written + prompts < own.packed_tokens
+    assert shared.fill == shared.packed_tokens / (len(shared.micro_batches) * 2 * (9 + 36))
+
+
+def test_shared_rows_of_relift_are_those_of_its_groups_or_of_its_buffer():
+    config = tiny.Config()
+    config = dataclasses.replace(
+        config,
+        method="relift",
+        methods=dataclasses.replace(config.methods, relift_buffer=128),
+        rollout=dataclasses.replace(config.rollout, group_size=8, max_completion_tokens=6),
+        batch=dataclasses.replace(
+            config.batch, rows=8, lanes=8, row_tokens=48, max_segments=8, max_micro_batches=16, share_prompts=True
+        ),
+    )
+    assert micro_batches_needed(config, samples=64 * 8) == 16
+    assert micro_batches_needed(config, samples=200 * 8) == 25
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"shared_tokens": 8}, ["sample 1/0/0", "10 tokens", "room for 9", "data.max_prompt_tokens"]),
         ({"lanes": 5}, ["multiples of batch.lanes", "36", "5"]),
-        ({"row_tokens": 30, "lanes": 3}, ["target positions, but a row holds 10"]),
+        ({"row_tokens": 30, "lanes": 3}, ["completion of 12 tokens, but a lane holds 10", "batch.lanes"]),
     ],
 )
 def test_shared_assembly_refuses(changes, words):
@@ -408,6 +444,10 @@ def test_shared_micro_batches_needed_is_enough(questions, rows, lanes, per_lane,
             ["mesh.sequence of 1 with batch.share_prompts"],
         ),
         ({"batch": {"share_prompts": True}, "model": {"attention": "chunked"}}, ["model.attention", "chunked"]),
+        (
+            {"batch": {"share_prompts": True, "lanes": 2, "row_tokens": 2020}},
+            ["at most 1024 positions", "1033 positions", "batch.lanes"],
+        ),
         ({"batch": {"lanes": 0}}, ["batch.lanes"]),
     ],
 )

@@ -94,7 +94,10 @@ def training_implementation(config: Config, shape: DecoderConfig, cuts: int, pla
     """What `training_attention` is on a platform, with the time axis cut over so many devices."""
     if config.batch.share_prompts:
         if cuts > 1:
-            raise ValueError(f"expected mesh.sequence of 1 with batch.share_prompts, got {cuts}; change one of them")
+            raise ValueError(
+                f"expected the time axis whole with batch.share_prompts, got it cut over {cuts} devices; change "
+                "mesh.sequence, mesh.axes or batch.share_prompts"
+            )
         return "reference"
     return choose_attention(
         config.model.attention,

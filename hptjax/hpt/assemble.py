@@ -59,7 +59,8 @@ class Update:
       left_out: samples that were given but have no live token: dead, or in no term's population.
       terms, sources: counts by term name and by source (those that occur).
       digest: `hpt.digest.digest` of `sample_ids`, taken before anything was packed.
-      fill: packed positions (live and context) / positions of all micro-batches.
+      packed_tokens: positions that hold a token, live or context; a prompt that a row's samples share counts once.
+      fill: those / positions of all micro-batches.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -70,6 +71,7 @@ class Update:
     terms: Mapping[str, TermCount]
     sources: Mapping[Source, SourceCount]
     digest: UInt32[np.ndarray, " 2"]
+    packed_tokens: int
     fill: float
 
 
@@ -98,7 +100,7 @@ def assemble(
       terms: one plane each; a token is live if a term with coefficient > 0 covers it, whatever its advantage.
       rows, row_tokens, max_segments, max_micro_batches: config `batch.*`: B, T, S and M of `MicroBatch`.
       shared_tokens: P, room for the prompt that all samples of a row share, all of it but its last token; 0: every
-        sample brings its own. lanes: equal parts of such a row, N.
+        sample brings its own. lanes: equal parts of such a row.
       dead: samples that count in the statistics of their group and nowhere else, e.g. overlong ones.
       advantages: term name -> sample id -> given advantage (or one per token of its run), instead of the term's own.
       scales: term name -> sample id -> factor of its weights, see `term_values`.
@@ -142,13 +144,16 @@ def assemble(
     ids = tuple(s.sample_id for s in chosen)
     room: dict[str, Any] = {"row_tokens": row_tokens, "max_segments": max_segments, "names": ids}
     if shared_tokens:
-        _check_prompts(chosen, shared_tokens)
+        _check_prompts(chosen, values, shared_tokens)
         lengths = np.asarray([len(s.completion_tokens) for s in chosen], np.int64)
         row_members, starts = pack_by_prompt([_key(s) for s in chosen], lengths, pair_ids, lanes=lanes, **room)
     else:
         lengths = np.asarray([target_length(s) for s in chosen], np.int64)
         row_members = pack(lengths, pair_ids, **room)
         starts = starts_in_rows(row_members, lengths)
+    packed_tokens = int(lengths.sum())
+    if shared_tokens:
+        packed_tokens += sum(len(chosen[members[0]].prompt_tokens) - 1 for members in row_members)
     row_live = np.asarray([live[members].sum() for members in row_members], np.int64)
     layout = [[row_members[r] for r in group] for group in group_rows(row_live, rows=rows)] or [[]]
     if len(layout) > max_micro_batches:
@@ -184,7 +189,8 @@ def assemble(
         terms={t.name: _term_count(t, v, chosen) for t, v in zip(terms, values, strict=True)},
         sources=sources,
         digest=digest(hashes),
-        fill=ratio(float(lengths.sum()), float(len(layout) * rows * row_tokens)),
+        packed_tokens=packed_tokens,
+        fill=ratio(float(packed_tokens), float(len(layout) * rows * (shared_tokens + row_tokens))),
     )
 
 
@@ -220,8 +226,15 @@ def _key(sample: Sample) -> bytes:
     return np.asarray(sample.prompt_tokens, np.int32).tobytes()
 
 
-def _check_prompts(samples: Sequence[Sample], room: int) -> None:
-    for sample in samples:
+def _check_prompts(samples: Sequence[Sample], values: Sequence[TermValues], room: int) -> None:
+    """Raises ValueError for a prompt that is too long, or one that a term covers: it stands in no sample's row."""
+    for place, sample in enumerate(samples):
+        covered = any(v.start[place] < min(v.stop[place], len(sample.prompt_tokens) - 1) for v in values)
+        if covered:
+            raise ValueError(
+                f"sample {sample.sample_id}: expected terms over completions where prompts are shared, got one over "
+                "its prompt: set batch.share_prompts to false"
+            )
         if len(sample.prompt_tokens) > room + 1:
             raise ValueError(
                 f"sample {sample.sample_id} has a prompt of {len(sample.prompt_tokens)} tokens, but a row has room for "

@@ -133,7 +133,7 @@ def forward(
     padding: its hidden states are finite and mean nothing.
 
     Args
-      positions: for the rotation; restart at 0 in each segment. segment_ids: 0 is padding.
+      positions: for the rotation; restart in each segment, at 0 or behind the shared prompt. segment_ids: 0 is padding.
       compute_dtype: weights are cast to it where they are used; norms and softmax stay float32.
       attention: segment ids [B T] -> attend, as `hptjax.models.attention` makes them.
       shared: the prompt that every segment of a row goes on from: its positions follow those, it sees them, and no

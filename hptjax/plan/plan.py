@@ -13,7 +13,15 @@ from typing import Any
 
 from hptjax.build.mesh import check_mesh
 from hptjax.config import Config, StageConfig
-from hptjax.config_batch import mesh_sizes, micro_batches_needed, samples_per_update, stage_list
+from hptjax.config_batch import (
+    longest_in_row,
+    mesh_sizes,
+    micro_batches_needed,
+    row_positions,
+    samples_per_update,
+    shared_tokens,
+    stage_list,
+)
 from hptjax.config_methods import learns_from_rollouts
 from hptjax.models.shape import DecoderConfig
 from hptjax.plan.chips import Slices
@@ -198,9 +206,12 @@ def step_time(config: Config, stage: StageConfig, shape: DecoderConfig, plan: Pl
         sampled = prefills * seconds["prefill"] + fills * (seconds["enter"] + calls * seconds["decode"])
         sampled += seconds.get("merge", 0.0) + seconds.get("reshard", 0.0)
     train = plan.programs["train step"]
-    tokens = updates * micro_batches * config.batch.rows * config.batch.row_tokens
-    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
-    pairs = causal_pairs(updates * micro_batches * config.batch.rows, config.batch.row_tokens, longest)
+    rows = updates * micro_batches * config.batch.rows
+    tokens = rows * row_positions(config)
+    pairs = causal_pairs(rows, config.batch.row_tokens, longest_in_row(config))
+    if config.batch.share_prompts:  # each position of the prompt sees those before it, each behind it the whole prompt
+        prompt = shared_tokens(config)
+        pairs += rows * prompt * ((prompt + 1) / 2 + config.batch.row_tokens)
     scored = updates * micro_batches * plan.programs["score"].time.seconds if programs.scores else 0.0
     return StepTime(
         rollout_s=sampled,

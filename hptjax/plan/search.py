@@ -13,7 +13,7 @@ from typing import Any
 from hptjax.build.attention import training_implementation
 from hptjax.build.mesh import check_mesh
 from hptjax.config import Config, MeshConfig
-from hptjax.config_batch import mesh_sizes, mesh_words, row_positions, samples_per_update, stage_list
+from hptjax.config_batch import mesh_sizes, mesh_words, row_positions, rows_needed, samples_per_update, stage_list
 from hptjax.model_shape import adapter_count, asked_adapter
 from hptjax.models.shape import DecoderConfig
 from hptjax.plan.chips import GIB, Slices
@@ -105,7 +105,9 @@ def divides(config: Config, shape: DecoderConfig) -> bool:
         return False
     stage = stage_list(config)[-1]
     questions = stage.questions_per_step or config.data.questions_per_step
-    return config.batch.rows <= max(samples_per_update(config, method=stage.method, questions=questions), 1)
+    samples = samples_per_update(config, method=stage.method, questions=questions)
+    most = rows_needed(config, samples=samples, method=stage.method) if config.batch.share_prompts else samples
+    return config.batch.rows <= max(most, 1)
 
 
 def judged(config: Config, shape: DecoderConfig, slices: Slices) -> Candidate:
@@ -118,7 +120,8 @@ def judged(config: Config, shape: DecoderConfig, slices: Slices) -> Candidate:
     activations = tokens * shape.num_layers * shape.hidden_size * COMPUTE_BYTES * kept
     # of one layer at work, forward and backward, and of the loss: two arrays of a chunk's logits
     working = tokens * (6 * shape.mlp_size + 8 * shape.hidden_size) * COMPUTE_BYTES / sizes["tensor"]
-    chunk = min(config.model.logprob_chunk_tokens * tokens / (batch.rows * batch.row_tokens), tokens)
+    own = tokens * batch.row_tokens / row_positions(config)  # a shared prompt has no logits
+    chunk = min(config.model.logprob_chunk_tokens * own / (batch.rows * batch.row_tokens), own)
     activations += working + 2 * GRADIENT_BYTES * chunk * shape.vocab_size / sizes["tensor"]
     lora = asked_adapter(config)
     trained, still = (weights, 0) if lora is None else (adapter_count(shape, lora), COMPUTE_BYTES * weights)

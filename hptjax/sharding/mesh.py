@@ -45,7 +45,7 @@ SEGMENT_FIELDS = (
     "first_written",
     "shared_tokens",
     "shared_mask",
-)  # rows of segments; the others are [B T]
+)  # rows of segments and of shared prompts; the others are [B T]
 
 
 def make_mesh(

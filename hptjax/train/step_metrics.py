@@ -11,7 +11,6 @@ import numpy as np
 
 from hptjax.hpt.assemble import Update
 from hptjax.hpt.gate import group_rollouts
-from hptjax.hpt.terms import target_length
 from hptjax.records import FinishReason, Objective, Question
 from hptjax.train.open_step import OpenStep
 from hptjax.train.phases import Gated
@@ -176,7 +175,7 @@ def update_metrics(
         "perf/generated_tokens": generated,
         "perf/total_num_tokens": trained + generated,
         "perf/cpu_memory_used_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "perf/packed_tokens": sum(target_length(sample) for update in updates for sample in update.samples),
+        "perf/packed_tokens": sum(update.packed_tokens for update in updates),
         "perf/prefilled_tokens": sum(contexts.values()),
         "perf/time_per_step": sum(seconds.values()),
         "perf/throughput": (trained + generated, sum(seconds.values()) * jax.device_count()),
