@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hptjax.models import decoder
+from hptjax.models import decoder, decoder_apart
 from hptjax.models.attention import attention, reference_attention
 from hptjax.models.cache import Cache
 from hptjax.models.decoder_apart import POSITION_AXIS, decode_step_apart, layers_apart, prefill_apart
@@ -55,8 +55,10 @@ def policy():
     }
 
 
+@pytest.mark.parametrize("turned_from", [1, 1 << 19], ids=["outputs first", ""])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_apart_prefill_then_decode_equals_forward(family):
+def test_apart_prefill_then_decode_equals_forward(family, turned_from, monkeypatch):
+    monkeypatch.setattr(decoder_apart, "TURNED_FROM", turned_from)
     config = FAMILIES[family]
     params = random_params(config)
     tokens, positions, segments = packed_rows(((18,), (18,), (18,)))

@@ -10,6 +10,7 @@ Dims: as in `models/decoder.py`; a layer's arrays keep their first axis, 1 long.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ from hptjax.models.attention import PackedAttention, reference_attention
 from hptjax.models.attention_cache import attention_by_heads
 from hptjax.models.cache import Cache
 from hptjax.models.decoder import embed, prefill
-from hptjax.models.layers import Constrain, layer, rms_norm, unconstrained
+from hptjax.models.layers import Constrain, Turned, layer, rms_norm, unconstrained
+from hptjax.models.quantise import MATRICES, SCALE
 from hptjax.models.rope import rotation
 from hptjax.models.shape import DecoderConfig
 from hptjax.types import Array, Params
@@ -29,11 +31,12 @@ Caches = tuple[Cache, ...]
 """Of each layer, [1 B K C E]."""
 
 POSITION_AXIS = 3
+TURNED_FROM = 1 << 19  # entries of a matrix that lies with its outputs first; a smaller one stays in a cache as it is
 
 
 def layers_apart(params: Params) -> Params:
-    """The parameters with a tree for each layer in the place of one for all."""
-    return {**params, "layers": _apart(params["layers"])}
+    """The parameters with a tree for each layer in the place of one for all; large matrices with outputs first."""
+    return {**params, "layers": tuple(_turned(weights) for weights in _apart(params["layers"]))}
 
 
 def of_one_layer(axes_or_shapes: Cache) -> Cache:
@@ -102,6 +105,17 @@ def _apart(stacked: Any) -> tuple[Any, ...]:
     """A tree of arrays with the layers on axis 0 as a tree for each layer, that axis 1 long."""
     parts = jax.tree.map(lambda leaf: jnp.split(leaf, leaf.shape[0]), stacked)
     return tuple(jax.tree.transpose(jax.tree.structure(stacked), None, parts))
+
+
+def _turned(weights: dict[str, Any]) -> dict[str, Any]:
+    """One layer's weights with large matrices as `decode_step_apart` reads them; those of int8 as they are."""
+    turned = dict(weights)
+    for name, inputs in MATRICES.items():
+        kernel = weights[name]
+        if kernel.size >= TURNED_FROM and name + SCALE not in weights:
+            flat = kernel.reshape(1, math.prod(kernel.shape[1 : 1 + inputs]), *kernel.shape[1 + inputs :])
+            turned[name] = Turned(jnp.moveaxis(flat, 1, -1))
+    return turned
 
 
 def _put(

@@ -20,6 +20,22 @@ Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 
 
 @struct.dataclass
+class Turned:
+    """A matrix that lies with its outputs first: a CPU multiplies few rows by it in a third to two thirds of the time.
+
+    Args
+      kernel: W^T, [outputs, inputs] in as many output axes as it has.
+    """
+
+    kernel: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix, its inputs as one axis."""
+        return (self.kernel.shape[-1], *self.kernel.shape[:-1])
+
+
+@struct.dataclass
 class Adapted:
     """A matrix with a low-rank addition that is trained in its stead: W + A B, never formed; see `models/lora.py`.
 
@@ -37,10 +53,14 @@ class Adapted:
         return self.kernel.shape
 
 
-def linear(x: Float[Array, "B T I"], weight: Array | Adapted) -> Float[Array, "B T O"]:
+def linear(x: Float[Array, "B T I"], weight: Array | Adapted | Turned) -> Float[Array, "B T O"]:
     """x W, or x W + (x A) B; the weights in x's dtype, inputs and outputs flattened to an axis each."""
     if isinstance(weight, Adapted):
         return linear(x, weight.kernel) + linear(linear(x, weight.down), weight.up)
+    if isinstance(weight, Turned):
+        kernel = weight.kernel.astype(x.dtype).reshape(-1, x.shape[-1])
+        # the matrix on the left, and turned only afterwards: the other way round the compiler turns all of it
+        return jnp.moveaxis(jax.lax.optimization_barrier(jnp.einsum("oi,bti->obt", kernel, x)), 0, -1)
     return matmul(x, weight.astype(x.dtype).reshape(x.shape[-1], -1))
 
 
