@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from hptjax.sharding.words import word_sum
 from hptjax.types import Array
 
 SHOWN_DIFFERENCES = 6  # how many differing fields an error message spells out
+PLAIN = frozenset({type(None), str, int, float, bool})  # what JSON gives back as it is
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -116,19 +117,26 @@ def unpack_arrays(packed: UInt[np.ndarray, " bytes"]) -> dict[str, np.ndarray]:
 
 
 def check_json(value: Any, path: str) -> None:
-    """Raises ValueError naming the first value inside that JSON does not give back (tuples pass, as lists)."""
-    if value is None or type(value) in (str, int, float, bool):  # most values: verdicts come by the thousand
-        return
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{path}: expected string keys, got {key!r} of {type(key).__name__}")
-            check_json(inner, f"{path}.{key}")
-    elif isinstance(value, list | tuple):
-        for place, inner in enumerate(value):
-            check_json(inner, f"{path}[{place}]")
-    elif not isinstance(value, str | int | float):
-        raise ValueError(f"{path}: expected a JSON value, got {type(value).__name__}; convert it, or pass it in arrays")
+    """Raises ValueError naming the first value inside that JSON does not give back (tuples pass, as lists).
+
+    Training waits for it, and verdicts come by the thousand: plain values are passed where their container is seen.
+    """
+    waiting = [(path, value)]  # the next one last
+    while waiting:
+        path, value = waiting.pop()
+        inner: Iterable[tuple[str, Any]] = ()
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str):
+                    raise ValueError(f"{path}: expected string keys, got {key!r} of {type(key).__name__}")
+            inner = ((f"{path}.{key}", each) for key, each in value.items() if type(each) not in PLAIN)
+        elif isinstance(value, list | tuple):
+            inner = ((f"{path}[{place}]", each) for place, each in enumerate(value) if type(each) not in PLAIN)
+        elif value is not None and not isinstance(value, str | int | float):
+            raise ValueError(
+                f"{path}: expected a JSON value, got {type(value).__name__}; convert it, or pass it in arrays"
+            )
+        waiting += reversed(list(inner))
 
 
 def as_json(value: Any) -> Any:
