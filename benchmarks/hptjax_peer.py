@@ -40,10 +40,10 @@ from hptjax.hpt.gate import demonstration_sample  # noqa: E402
 from hptjax.records import Example, Question, Request, SampleId  # noqa: E402
 
 FIRST = 3  # ids below are special in the tokenizer, and never in the data
-# Samples of a micro-batch in the GRPO and in the HPT step, what layers keep for the backward pass, tokens whose logits
-# are held at once, and devices. Few samples stay in the caches of a CPU; those of the HPT step divide its 36, and have
-# rows of their own, because half of its prompts have one sample. At M two devices would hold the weights, the sums and
-# the moments twice.
+# Samples of a micro-batch in the GRPO and in the HPT step, what layers keep for the backward pass there, tokens whose
+# logits are held at once there, and devices of all work. Few samples stay in the caches of a CPU; those of the HPT step
+# divide its 36, and have rows of their own, because half of its prompts have one sample. At M two devices would hold
+# the weights, the sums and the moments twice.
 WORK = {
     "XS": (8, 12, "none", 2048, 2),
     "S": (8, 12, "dots_no_batch", 4096, 2),
@@ -104,8 +104,8 @@ def make_config(folder: Path, **sections: dict[str, Any]) -> Config:
 
 
 def devices() -> int:
-    """CPU devices that share every batch: 2, the cores that all peers have, where there are as many."""
-    return min(2, os.cpu_count() or 1)
+    """CPU devices that share every batch: those of `WORK`, where there are as many cores."""
+    return min(WORK[OPTIONS.size][-1], os.cpu_count() or 1)
 
 
 def endless_policy(config: Config) -> Policy:
@@ -190,8 +190,8 @@ def time_steps(folder: Path) -> None:
     for number, path in enumerate(held_out):
         path.write_text(json.dumps({"prompt": common.to_text([FIRST + number] * 3), "answer": {"graded": hpt}}) + "\n")
     total = common.PROMPT + common.NEW
-    at_once, hpt_rows, remat, chunk, parts = WORK[OPTIONS.size]
-    lanes = 1 if hpt else at_once // min(devices(), parts)  # a row for each device
+    at_once, hpt_rows, remat, chunk, _ = WORK[OPTIONS.size]
+    lanes = 1 if hpt else at_once // devices()  # a row for each device
     rows = hpt_rows if hpt else at_once // lanes
     os.chdir(Path(__file__).parent)  # where the reward's module lies
     config = make_config(
@@ -205,7 +205,6 @@ def time_steps(folder: Path) -> None:
             "questions_per_step": common.GRPO_PROMPTS,
         },
         model={"remat": remat, "logprob_chunk_tokens": chunk},
-        mesh={"data": min(devices(), parts)},
         prompt={"template": "plain"},
         reward={"functions": [{"name": "hptjax_peer_reward:reward"}]},
         batch={
