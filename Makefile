@@ -65,6 +65,7 @@ bench: $(STAMP)
 PEER_BENCH ?= ../shared/bench
 PEERS ?= .peers
 PEER_SIZES ?= XS S M
+PEER_ROUNDS ?= 2
 
 bench-peers: $(STAMP)
 	@test -f $(PEER_BENCH)/common.py || { echo "expected the harness (common.py) in $(PEER_BENCH); make bench-peers PEER_BENCH=folder" >&2; exit 1; }
@@ -74,7 +75,7 @@ bench-peers: $(STAMP)
 	$(PEERS)/A/bin/pip install --quiet --disable-pip-version-check transformers==5.23.0 trl==1.16.0 accelerate==1.15.0 datasets==5.2.0 tokenizers==0.23.3
 	$(PEERS)/B/bin/pip install --quiet --disable-pip-version-check google-tunix==0.1.7
 	PEER_BENCH=$(abspath $(PEER_BENCH)) TORCH_PYTHON=$(abspath $(PEERS))/A/bin/python JAX_PYTHON=$(abspath $(PEERS))/B/bin/python \
-	    $(BIN)/python benchmarks/peers.py --out peers.jsonl --sizes $(PEER_SIZES)
+	    $(BIN)/python benchmarks/peers.py --out peers.jsonl --sizes $(PEER_SIZES) --rounds $(PEER_ROUNDS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check hptjax tests launch benchmarks
