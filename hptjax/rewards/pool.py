@@ -221,8 +221,7 @@ class RewardPool:
             if slot in writable:
                 worker.flush()
             if slot in readable:
-                for line in worker.read():
-                    decided += self._take_reply(worker, line)
+                decided += self._take_replies(worker, worker.read())
             if worker.dead:
                 decided += self._bury(slot, waiting, CRASHED)
             elif slot not in readable and worker.owed and time.monotonic() > worker.since + self._limit_s(worker):
@@ -234,12 +233,12 @@ class RewardPool:
         room = min(MAX_OWED, max(2, len(waiting) // (2 * len(self._workers))))
         if len(worker.owed) > room // 2 or self._imports(worker):
             return
-        while waiting and len(worker.owed) < room:
-            if waiting[0].load.path not in worker.loaded:
-                self._send_load(worker, waiting[0].load)
-                break
-            item = waiting.popleft()
-            self._send(worker, item, item.message)
+        items: list[_Item] = []
+        while waiting and len(worker.owed) + len(items) < room and waiting[0].load.path in worker.loaded:
+            items.append(waiting.popleft())
+        self._send(worker, items, [item.message for item in items])
+        if waiting and len(worker.owed) < room:  # the next one's function is new to it
+            self._send_load(worker, waiting[0].load)
         worker.flush()
 
     def _imports(self, worker: WorkerProcess) -> bool:
@@ -252,12 +251,12 @@ class RewardPool:
         worker.loaded.add(load.path)
         folders = [*sys.path, os.getcwd()] if load.users else list(sys.path)  # a user's module may lie where it is run
         request = {"load": load.path, "users": load.users, "sys_path": folders, "limit_s": self._load_s}
-        self._send(worker, load, json.dumps(request).encode()[1:])
+        self._send(worker, [load], [json.dumps(request).encode()[1:]])
 
-    def _send(self, worker: WorkerProcess, request: _Load | _Item, body: bytes) -> None:
-        identity = next(self._identities)
-        self._requests[identity] = request
-        worker.send(identity, b'{"id": %d, ' % identity + body + b"\n")
+    def _send(self, worker: WorkerProcess, requests: Sequence[_Load | _Item], bodies: Sequence[bytes]) -> None:
+        identities = list(itertools.islice(self._identities, len(requests)))
+        self._requests.update(zip(identities, requests, strict=True))
+        worker.send(identities, b"".join(b'{"id": %d, %b\n' % each for each in zip(identities, bodies, strict=True)))
 
     def _limit_s(self, worker: WorkerProcess) -> float:
         return self._load_s if isinstance(self._requests[worker.owed[0]], _Load) else self._deadline_s
@@ -276,31 +275,31 @@ class RewardPool:
         readable = {key.data for key, mask in events if mask & selectors.EVENT_READ}
         return readable, {key.data for key, mask in events if mask & selectors.EVENT_WRITE}
 
-    def _take_reply(self, worker: WorkerProcess, line: bytes) -> list[tuple[_Item, Verdict]]:
-        """Decides the oldest owed request by a reply; a reply that does not fit it marks the worker dead."""
-        try:
-            reply = json.loads(line)
-            fits = isinstance(reply, dict) and bool(worker.owed) and reply.get("id") == worker.owed[0]
-        except (ValueError, RecursionError):
-            fits = False
-        if worker.dead or not fits:
-            worker.dead = True
-            return []
-        request = self._requests[worker.owed[0]]
-        if isinstance(request, _Item):
-            verdict = verdict_of(reply)
-            decided = [(request, verdict)]
-        elif "loaded" in reply:
-            self._known.add(request)
-            self._load_failures = 0
-            decided = []
-        elif request in self._known:
-            worker.dead = True
-            return []
-        else:
-            raise ValueError(cannot_load(request.path, str(reply.get("failed"))))
-        del self._requests[worker.owed[0]]
-        worker.answered()
+    def _take_replies(self, worker: WorkerProcess, lines: Sequence[bytes]) -> list[tuple[_Item, Verdict]]:
+        """Decides the oldest owed requests by their replies; one that does not fit marks the worker dead."""
+        decided: list[tuple[_Item, Verdict]] = []
+        for line in lines:
+            try:
+                reply = json.loads(line)
+                fits = isinstance(reply, dict) and bool(worker.owed) and reply.get("id") == worker.owed[0]
+            except (ValueError, RecursionError):
+                fits = False
+            if worker.dead or not fits:
+                worker.dead = True
+                break
+            request = self._requests[worker.owed[0]]
+            if isinstance(request, _Item):
+                decided.append((request, verdict_of(reply)))
+            elif "loaded" in reply:
+                self._known.add(request)
+                self._load_failures = 0
+            elif request in self._known:
+                worker.dead = True
+                break
+            else:
+                raise ValueError(cannot_load(request.path, str(reply.get("failed"))))
+            del self._requests[worker.owed[0]]
+            worker.answered()
         return decided
 
     def _bury(self, slot: int, waiting: deque[_Item], verdict: Verdict) -> list[tuple[_Item, Verdict]]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 
 READ_BYTES = 1 << 16
 MAX_REPLY_BYTES = 1 << 20  # an honest reply is far below; more without a line end is no reply
@@ -59,12 +60,12 @@ class WorkerProcess:
     def wants_to_write(self) -> bool:
         return bool(self._outgoing) and not self.dead
 
-    def send(self, identity: int, message: bytes) -> None:
-        """Queues a request; `flush` writes it."""
+    def send(self, identities: Sequence[int], messages: bytes) -> None:
+        """Queues requests; `flush` writes them."""
         if not self.owed:
             self.since = time.monotonic()
-        self.owed.append(identity)
-        self._outgoing += message
+        self.owed.extend(identities)
+        self._outgoing += messages
 
     def flush(self) -> None:
         """Writes as much as the pipe takes."""
