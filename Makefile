@@ -1,5 +1,5 @@
 # make quickstart   makes .venv, installs the pinned dependencies, trains, prints a table and where the plots are
-# make test         makes .venv if absent, runs the tests, two files at a time
+# make test         makes .venv if absent, runs the tests, two files at a time, and those of time limits alone
 # make test-full    the slow tests too
 # make test-oracle  parity with transformers, asked live: makes .venv-oracle, with torch and peft
 # make kill-matrix  every broken version against every layer of proof; writes the table into docs/proofs.md
@@ -33,16 +33,22 @@ endif
 quickstart: $(STAMP)
 	$(BIN)/hptjax train configs/quickstart.toml
 
-# at the compiler's cheapest level, to save time; test-full runs the same tests at the level that users have
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+# the compiler's cheapest level, to save time; test-full runs the same tests at the level that users have
+CHEAPLY := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
+
+# what holds a limit of time runs last, with nothing beside it
 test: $(STAMP)
-	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(CHEAPLY) $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow and not gpu and not tpu and not timed"
+	$(CHEAPLY) $(BIN)/python -m pytest -q -m "timed and not slow"
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not tpu"
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not gpu and not tpu and not timed"
+	$(BIN)/python -m pytest -q -m timed
 
 test-oracle:
 	$(MAKE) venv VENV=$(ORACLE_VENV) ACCEL=cpu EXTRAS=dev,oracle
-	$(ORACLE_VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/test_oracle_golden.py tests/test_oracle_live.py
+	$(ORACLE_VENV)/bin/python -m pytest -q $(SIDE_BY_SIDE) tests/test_oracle_golden.py tests/test_oracle_live.py
 
 kill-matrix: $(STAMP)
 	$(BIN)/python -m tests.proofs.kill_matrix

@@ -396,6 +396,7 @@ def test_checkpoint_save_returns_before_it_is_written(tmp_path, monkeypatch):
     assert all(held)  # a save that waited for its own thread would have waited in vain
 
 
+@pytest.mark.timed
 def test_checkpoint_blocks_a_small_model_for_less_than_50_ms(tmp_path):
     leaves = {
         name: jnp.ones((4, 128, 420), jnp.float32) for name in ("params", "mu", "nu", "sums")

@@ -297,6 +297,7 @@ def test_verifier_survives_any_text(text):
         assert well_formed(text, answer).reason in FORM_REASONS
 
 
+@pytest.mark.timed
 def test_verifier_is_fast_on_long_text():
     pieces = ["1", "1-1=0,", "12/3=4,7-4=3,", "-", "=", ",", "9*9=81,", "(", "\u0663", "1+"]
     for piece in pieces:
@@ -322,6 +323,7 @@ def test_well_formed_asks_for_the_form_only():
         assert (verdict.solved, verdict.reward, verdict.reason) == (formed, float(formed), FORM_REASONS[not formed])
 
 
+@pytest.mark.timed
 def test_solver_is_fast_enough_to_write_demonstrations():
     """Processor time per instance, without the type checks of the tests: below 1 ms with 3 numbers, 10 ms with 4."""
     program = (

@@ -152,6 +152,7 @@ def test_pool_stream_left_half_way_leaves_no_stale_answers(pool):
     assert rewards == list(range(100))
 
 
+@pytest.mark.timed
 def test_pool_judges_cheap_completions_fast(pool):
     """1500 countdown completions, as one step has them: 0.04 s on an idle machine.
 

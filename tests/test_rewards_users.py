@@ -213,6 +213,7 @@ def test_rewards_are_found_by_name():
         reward_functions(["math_stric"], None)
 
 
+@pytest.mark.timed
 def test_pool_judges_ordinary_answers_fast(pool):
     """1,000 answers of ten kinds, a tenth of them right: at least 500 a second on two workers, in the best of three."""
     golds = ["5", r"\frac{1}{2}", r"2\sqrt{3}", "x^2-1", "(1,2)", r"[0,\infty)", "B", r"\text{north}", "17", "204"]

@@ -96,6 +96,7 @@ def test_hostile_length_is_not_read_and_signs_are_not_asked_about():
     assert last_route.is_equal("5", "- " * 32 + "5", loose=False) is None
 
 
+@pytest.mark.timed
 def test_hostile_texts_pass_through_the_pool(pool):
     """Each text stands beside a plain one; all plain ones get their verdict. Numbers without bounds take too long."""
     completions = [text for hostile in HOSTILE.values() for text in (hostile, r"\boxed{5}")]
@@ -108,6 +109,7 @@ def test_hostile_texts_pass_through_the_pool(pool):
     assert all(type(verdict.reward) is float for verdict in verdicts)
 
 
+@pytest.mark.timed
 def test_hostile_sums_in_sympy_cost_their_deadline_only(pool):
     """P15: the hanging one is cut off within its deadline and a second; everyone else's verdict is as alone."""
     completions, answers = [r"\boxed{5}"] * 300, [{"answer": "5"}] * 300
