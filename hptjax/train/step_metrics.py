@@ -127,9 +127,15 @@ def staleness_metrics(step: OpenStep) -> dict[str, int]:
 
 
 def merge_stats(totals: dict[str, list[float]], stats: Mapping[str, Any]) -> None:
-    """Adds sums and counts, and takes the larger peak, over the updates of a step."""
+    """Adds sums and counts, and takes the larger peak, over the updates of a step.
+
+    A term of the objective has its denominators in its weights: what its micro-batches add up to is the update's value,
+    which counts once, however many they were.
+    """
     for name, stat in stats.items():
         leaves = [float(leaf) for leaf in jax.tree.leaves(stat)]
+        if name.startswith("loss/"):
+            leaves[1] = 1.0
         before = totals.get(name)
         if before is None:
             totals[name] = leaves
