@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.stats
 
 from hptjax.rollout import sampling
+from hptjax.rollout.threefry import random_bits
 
 sample_keys = jax.jit(sampling.sample_keys)
 token_noise = jax.jit(sampling.token_noise, static_argnames="vocab_size")
@@ -73,6 +75,48 @@ def test_sampling_noise_depends_on_the_sample_and_its_position_only():
         np.testing.assert_array_equal(noise[row], alone)
     swapped = token_noise(keys[::-1], positions[::-1].copy(), 11)
     np.testing.assert_array_equal(noise[::-1], swapped)
+
+
+def test_sampling_noise_is_what_jax_draws():
+    """Bit for bit; so a run replays with any version of jax that draws so."""
+    keys, positions = sample_keys(jax.random.key(7), as_uint32([(1, 0, 0), (-1, 2, 3)])), np.array([0, 2**31 - 1])
+    for size in (1, 2, 151_936):
+        alone = [
+            jax.random.gumbel(jax.random.fold_in(*each), (size,), jnp.float32, mode="low")
+            for each in zip(keys, positions, strict=True)
+        ]
+        np.testing.assert_array_equal(token_noise(keys, positions.astype(np.int32), size), alone)
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_sampling_keeps_a_samples_noise_where_the_generator_would_not(impl):
+    """jax's other generators draw differently for a row that lies elsewhere in a batch: samples are Threefry's."""
+    key, ids, positions = jax.random.key(7, impl=impl), [(1, 0, 0), (2, 0, 3), (5, 1, 1)], np.arange(3, dtype=np.int32)
+    both = [key, jax.random.key_data(key)]
+    together = [np.asarray(token_noise(sample_keys(each, as_uint32(ids)), positions, 9)) for each in both]
+    np.testing.assert_array_equal(*together)
+    for row in range(3):
+        alone = token_noise(sample_keys(key, as_uint32(ids[row : row + 1])), positions[row : row + 1], 9)
+        np.testing.assert_array_equal(together[0][row], alone[0])
+    assert len({row.tobytes() for row in together[0]}) == 3
+    assert (together[0] != token_noise(sample_keys(jax.random.key(8, impl=impl), as_uint32(ids)), positions, 9)).any()
+
+
+def test_random_bits_are_those_of_jax_whatever_its_flag():
+    words = np.random.default_rng(0).integers(0, 2**32, (500, 2), dtype=np.uint32)
+    words[:2] = [[0, 0], [2**32 - 1, 2**32 - 1]]
+    with jax.threefry_partitionable(True):
+        expected = jax.vmap(lambda key: jax.random.bits(key, (37,)))(
+            jax.random.wrap_key_data(words, impl="threefry2x32")
+        )
+    for flag in (True, False):
+        with jax.threefry_partitionable(flag):
+            np.testing.assert_array_equal(jax.jit(random_bits, static_argnums=1)(words, 37), expected)
+
+
+def test_random_bits_hold_the_published_answer():
+    """Threefry-2x32-20 of a key and a count of zeros: the two words of the authors' known answer."""
+    assert int(random_bits(np.zeros((1, 2), np.uint32), 1)[0, 0]) == 0x6B200159 ^ 0x99BA4EFE
 
 
 def test_sampling_draws_follow_the_softmax():

@@ -9,23 +9,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int, UInt32
 
+from hptjax.rollout.threefry import random_bits
 from hptjax.types import Array
 
 
-def sample_keys(key: Array, ids: UInt32[Array, "S 3"]) -> Array:
-    """The key of each sample: fold_in(fold_in(fold_in(key, question), round), index).
+def sample_keys(key: Array, ids: UInt32[Array, "S 3"]) -> UInt32[Array, "S 2"]:
+    """The key of each sample: fold_in(fold_in(fold_in(key, question), round), index), as the words of a Threefry key.
 
     Args
-      key: one jax random key (typed, or raw uint32 [2]).
+      key: one jax random key (typed, or raw words). Of another generator's key the first two words are taken: what
+        those generators draw for a row depends on its place in the batch.
       ids: question, round and index of each sample, int32 values seen as uint32 (two's complement), so -1 is 2**32 - 1.
-    Returns [S] keys, which depend on nothing but `key` and the id.
+    Returns words that depend on nothing but `key` and the id.
     """
+    start = _threefry(key)
 
     def fold(sample_id):
-        folded = key
+        folded = start
         for part in range(3):
             folded = jax.random.fold_in(folded, sample_id[part])
-        return folded
+        return jax.random.key_data(folded)
 
     return jax.vmap(fold)(ids)
 
@@ -33,14 +36,20 @@ def sample_keys(key: Array, ids: UInt32[Array, "S 3"]) -> Array:
 def token_noise(keys: Array, positions: Int[Array, " S"], vocab_size: int) -> Float[Array, "S V"]:
     """Gumbel noise of one token of each sample: gumbel(fold_in(sample key, completion position), [V]), fp32.
 
-    The noise belongs to token ids, so truncation changes which tokens are allowed, not their noise.
+    The noise belongs to token ids, so truncation changes which tokens are allowed, not their noise. It is that of
+    `jax.random.gumbel` with mode="low", bit for bit: -log(-log(u)), u the 23 high bits of 32 over 2**23, or the
+    smallest normal number in the place of 0.
     """
+    drawn = jax.vmap(jax.random.fold_in)(_threefry(keys), positions.astype(jnp.uint32))
+    bits = random_bits(jax.random.key_data(drawn), vocab_size)
+    one_to_two = jax.lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32)
+    uniform = jnp.maximum(one_to_two - 1.0, jnp.finfo(jnp.float32).tiny)
+    return -jnp.log(-jnp.log(uniform))
 
-    def draw(key, position):
-        noise_key = jax.random.fold_in(key, position.astype(jnp.uint32))
-        return jax.random.gumbel(noise_key, (vocab_size,), jnp.float32, mode="low")
 
-    return jax.vmap(draw)(keys, positions)
+def _threefry(keys: Array) -> Array:
+    words = jax.random.key_data(keys) if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else keys
+    return jax.random.wrap_key_data(words[..., :2], impl="threefry2x32")
 
 
 def scaled_logits(
