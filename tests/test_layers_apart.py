@@ -18,6 +18,7 @@ from hptjax.models import decoder, decoder_apart
 from hptjax.models.attention import attention, reference_attention
 from hptjax.models.cache import Cache
 from hptjax.models.decoder_apart import POSITION_AXIS, decode_step_apart, layers_apart, prefill_apart
+from hptjax.models.rope import frequencies, rotation, rotation_table
 from hptjax.rollout.engine import RolloutShardings, make_engine
 from hptjax.rollout.programs import make_programs
 from tests.test_continuous import most_exchanged
@@ -71,6 +72,20 @@ def test_apart_prefill_then_decode_equals_forward(family, turned_from, monkeypat
         hidden, cache = run_decode(layers_apart(params), cache, tokens[rows, lengths], lengths)
         np.testing.assert_allclose(hidden, whole[rows, lengths], rtol=0, atol=1e-5)
         lengths = lengths + 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_apart_angles_are_those_of_the_loop(family):
+    """Cosine and sine looked up by position, against those computed of it and against float64."""
+    config, positions = FAMILIES[family], np.arange(20_000, dtype=np.int32)
+    angles = np.float64(np.float32(positions)[:, None] * frequencies(config)[None, :])
+    computed = jax.jit(functools.partial(rotation, config=config))(positions)
+    for table, beside, exact in zip(
+        rotation_table(20_000, config), computed, (np.cos(angles), np.sin(angles)), strict=True
+    ):
+        assert table.dtype == np.float32
+        np.testing.assert_allclose(table, exact, rtol=0, atol=1.2e-7)
+        np.testing.assert_allclose(table, beside, rtol=0, atol=2.4e-7)
 
 
 def test_apart_decode_writes_one_position_of_each_row_and_nothing_past_the_capacity():

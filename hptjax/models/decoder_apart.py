@@ -23,7 +23,7 @@ from hptjax.models.cache import Cache
 from hptjax.models.decoder import embed, prefill
 from hptjax.models.layers import Constrain, Turned, layer, rms_norm, unconstrained
 from hptjax.models.quantise import MATRICES, SCALE
-from hptjax.models.rope import rotation
+from hptjax.models.rope import rotation_table
 from hptjax.models.shape import DecoderConfig
 from hptjax.types import Array, Params
 
@@ -85,8 +85,11 @@ def decode_step_apart(
     constrain: Constrain = unconstrained,
 ) -> tuple[Float[Array, "B D"], Caches]:
     """`decoder.decode_step` over a cache that is read whole; `params` as `layers_apart` makes them."""
-    mask = jnp.arange(caches[0].keys.shape[POSITION_AXIS], dtype=jnp.int32)[None, :] <= lengths[:, None]  # [B C]
-    turn, new_caches = rotation(lengths[:, None], config), []
+    capacity, new_caches = caches[0].keys.shape[POSITION_AXIS], []
+    mask = jnp.arange(capacity, dtype=jnp.int32)[None, :] <= lengths[:, None]  # [B C]
+    cosine, sine = (
+        jnp.asarray(table).at[lengths[:, None]].get(mode="clip") for table in rotation_table(capacity, config)
+    )
 
     def attend(query: Array, key: Array, value: Array, *, cache: Cache) -> Array:
         new = Cache(_put(cache.keys, key, lengths), _put(cache.values, value, lengths))
@@ -97,7 +100,7 @@ def decode_step_apart(
     for weights, cache in zip(params["layers"], caches, strict=True):
         one = jax.tree.map(lambda leaf: leaf[0], weights)
         looking = functools.partial(attend, cache=cache)
-        hidden, _, _ = layer(hidden, one, turn, looking, config=config, constrain=constrain)
+        hidden, _, _ = layer(hidden, one, (cosine, sine), looking, config=config, constrain=constrain)
     return rms_norm(hidden, params["final_norm"], config.rms_norm_eps)[:, 0], tuple(new_caches)
 
 

@@ -42,6 +42,16 @@ def rotation(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def rotation_table(length: int, config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
+    """`rotation` of positions 0 to length - 1, each [length, E / 2] float32, made on the host.
+
+    To look an angle up costs nothing where a program is written out layer by layer: of `rotation`, the CPU's compiler
+    takes cosine and sine anew for every head of every layer.
+    """
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(config)[None, :]
+    return np.cos(angles), np.sin(angles)
+
+
 def rotate(
     heads: Float[Array, "B T N E"], cosine: Float[Array, "B T E2"], sine: Float[Array, "B T E2"]
 ) -> Float[Array, "B T N E"]:
