@@ -21,6 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hptjax.start import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # as the command `hptjax` does
+
 import numpy as np
 
 sys.path.insert(0, os.environ["PEER_BENCH"])

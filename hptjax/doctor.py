@@ -12,6 +12,7 @@ import shutil
 import sys
 from typing import Literal
 
+from hptjax import start
 from hptjax.explain import human_bytes
 from hptjax.rundir import PACKAGES, compile_cache_folder
 
@@ -38,6 +39,7 @@ def examine(*, runs_dir: str = "runs") -> list[Finding]:
         pins_finding(pathlib.Path(__file__).resolve().parent.parent / "constraints.txt"),
         devices_finding(),
         memory_finding(),
+        huge_pages_finding(os.environ.get(start.TUNABLES, ""), start.c_library(), start.modes()),
         Finding("cores", "ok", f"{core_count()} usable of {os.cpu_count()}"),
         disk_finding(pathlib.Path(runs_dir)),
         cache_finding(compile_cache_folder()),
@@ -121,6 +123,17 @@ def memory_finding() -> Finding:
     if total < ENOUGH_MEMORY_BYTES:
         return Finding("memory", "note", f"{detail}; the quickstart may take {human_bytes(ENOUGH_MEMORY_BYTES)}")
     return Finding("memory", "ok", detail)
+
+
+def huge_pages_finding(tunables: str, library: str, modes: str) -> Finding:
+    """Whether the C heap of this process lies in huge pages; arguments as in `start.tunables_for_huge_pages`."""
+    asked = any(part in (f"{start.TUNABLE}=1", f"{start.TUNABLE}=2") for part in tunables.split(":"))
+    if "[always]" in modes or (asked and "[madvise]" in modes):
+        return Finding("huge pages", "ok", "in use")
+    if start.tunables_for_huge_pages(tunables, library, modes) is not None:
+        how = f"not in use; `hptjax` asks for them, other commands with {start.TUNABLES}={start.TUNABLE}=1"
+        return Finding("huge pages", "note", how)
+    return Finding("huge pages", "note", "not in use, or not offered here; without them a CPU trains more slowly")
 
 
 def core_count() -> int:

@@ -361,6 +361,23 @@ def test_doctor_names_what_is_lacking(tmp_path, monkeypatch):
     assert doctor.report([doctor.packages_finding()]).endswith("lacks: packages")
 
 
+@pytest.mark.parametrize(
+    ("tunables", "library", "modes", "status", "detail"),
+    [
+        ("glibc.malloc.hugetlb=1", "glibc 2.36", "always [madvise] never", "ok", "in use"),
+        ("", "glibc 2.36", "[always] madvise never", "ok", "in use"),
+        ("", "glibc 2.36", "always [madvise] never", "note", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc 2.36", "always [madvise] never", "note", "not in use"),
+        ("glibc.malloc.hugetlb=1", "glibc 2.36", "always madvise [never]", "note", "not in use"),
+        ("", "", "", "note", "not offered"),
+    ],
+)
+def test_doctor_says_whether_the_heap_lies_in_huge_pages(tunables, library, modes, status, detail):
+    finding = doctor.huge_pages_finding(tunables, library, modes)
+    assert finding.status == status
+    assert detail in finding.detail
+
+
 def test_cli_reader_that_has_seen_enough_is_no_error():
     """`hptjax train --help | head -1`."""
     command = [sys.executable, "-m", "hptjax.cli", "train", "--help"]

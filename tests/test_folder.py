@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hptjax.models import folder
+from hptjax.models import folder, folder_slices
 from hptjax.models.decoder import param_shapes
 from hptjax.models.folder_config import read_config, read_eos_ids, read_shape
 from hptjax.models.folder_slices import load_placed
@@ -202,11 +202,17 @@ def load_on_a_device(path):
     return jax.tree.map(np.asarray, load_placed(path, places))
 
 
-LOADERS = {"load_folder": lambda path: folder.load_folder(path)[1], "load_placed": load_on_a_device}
+LOADERS = {
+    "load_folder": lambda path: folder.load_folder(path)[1],
+    "load_placed": load_on_a_device,
+    "load_placed, layer by layer": load_on_a_device,
+}
 
 
 @pytest.fixture(params=LOADERS)
-def load(request):
+def load(request, monkeypatch):
+    if "layer" in request.param:
+        monkeypatch.setattr(folder_slices, "AT_ONCE_BYTES", 0)
     return LOADERS[request.param]
 
 

@@ -23,7 +23,7 @@ import hptjax.build.parts as build_parts
 import hptjax.build.run as build_run
 from hptjax import cli
 from hptjax.config import DistributedConfig, MeshConfig
-from hptjax.models import decoder
+from hptjax.models import decoder, folder_slices
 from hptjax.models.folder import load_folder, save_folder
 from hptjax.models.folder_slices import folder_shape, load_placed, read_part
 from hptjax.models.keys import CheckpointKey
@@ -415,8 +415,13 @@ def test_multihost_part_along_an_inner_axis_is_cut_after_reading():
     np.testing.assert_array_equal(part, whole[..., 3:6])
 
 
+@pytest.mark.parametrize("at_once_bytes", [0, 4 * 2 * 8 * 8, 1 << 20], ids=["layers", "some", "whole"])
 @pytest.mark.parametrize("stored_dtype", ["float32", "bfloat16"])
-def test_multihost_folder_is_placed_on_a_mesh_as_it_is_read_whole(tmp_path, eight_devices, stored_dtype):
+def test_multihost_folder_is_placed_on_a_mesh_as_it_is_read_whole(
+    tmp_path, eight_devices, stored_dtype, at_once_bytes, monkeypatch
+):
+    """Stacked parameters layer by layer, or whole, or those that are small whole and the rest layer by layer."""
+    monkeypatch.setattr(folder_slices, "AT_ONCE_BYTES", at_once_bytes)
     config = DecoderConfig(
         vocab_size=16, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_size=16,
         attention_bias=True, qk_norm=False, tie_embeddings=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from hptjax.sharding.peers import phase, several
 
 TRAIN_KEY, EVALUATION_KEY = 0, 1  # what the run's random key is split by
 DIGEST_BYTES = 1 << 20
+WORTH_KEEPING_S = 0.1  # of a compilation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,10 +107,14 @@ def _questions_digest(questions: Sequence[Question]) -> str:
 
 
 def use_compile_cache() -> None:
-    """Compiled programs are kept between processes, so that a second start is quick."""
+    """Compiled programs are kept between processes, so that a second start is quick.
+
+    What the environment says of jax's compilation cache stands: its folder, and how long a compilation has to take.
+    """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(compile_cache_folder()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING_S)
 
 
 def fingerprint(parts: Parts) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from hptjax.models.shape import DecoderConfig
 from hptjax.types import Array, Params
 
 Index = tuple[slice, ...]
+AT_ONCE_BYTES = 64 << 20  # a stacked parameter up to this, as float32, is read whole; to fill one needs two programs
 Tensors = Callable[[str], Any]
 """Key of the checkpoint -> what can be sliced as the stored tensor."""
 
@@ -39,8 +40,8 @@ def folder_shape(path: str | os.PathLike[str]) -> DecoderConfig:
 def load_placed(path: str | os.PathLike[str], shardings: Any, *, dtype: Any = jnp.float32) -> Params:
     """The parameters of a folder as device arrays, each process reading the parts that its own devices hold.
 
-    A stacked parameter is filled layer by layer, so that beside the arrays no more than one layer of one parameter, or
-    the embedding, is in the host's memory.
+    A stacked parameter of some size is filled layer by layer, so that beside the arrays no more than one layer of one
+    parameter, or the embedding, or `AT_ONCE_BYTES` is in the host's memory.
 
     Args
       shardings: of every parameter, in the tree of `hptjax.models.decoder`.
@@ -69,7 +70,7 @@ def load_placed(path: str | os.PathLike[str], shardings: Any, *, dtype: Any = jn
 def _place(entry: CheckpointKey, shape: tuple[int, ...], place: Any, tensor: Tensors, dtype: Any) -> Array:
     """A parameter where its sharding says."""
     layer = _layer_sharding(entry, place)
-    if layer is None:
+    if layer is None or 4 * math.prod(shape) <= AT_ONCE_BYTES:
         return jax.make_array_from_callback(shape, place, _reader(entry, shape, tensor, dtype))
     whole = jnp.zeros(shape, dtype, device=place)
     for number in range(shape[0]):
