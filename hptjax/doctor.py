@@ -127,8 +127,8 @@ def memory_finding() -> Finding:
 
 def huge_pages_finding(tunables: str, library: str, modes: str) -> Finding:
     """Whether the C heap of this process lies in huge pages; arguments as in `start.tunables_for_huge_pages`."""
-    asked = any(part in (f"{start.TUNABLE}=1", f"{start.TUNABLE}=2") for part in tunables.split(":"))
-    if "[always]" in modes or (asked and "[madvise]" in modes):
+    asked = f"{start.TUNABLE}=1" in tunables.split(":")
+    if "[always]" in modes or (asked and start.heeds_asking(library, modes)):
         return Finding("huge pages", "ok", "in use")
     if start.tunables_for_huge_pages(tunables, library, modes) is not None:
         how = f"not in use; `hptjax` asks for them, other commands with {start.TUNABLES}={start.TUNABLE}=1"

@@ -44,13 +44,17 @@ def tunables_for_huge_pages(tunables: str, library: str, modes: str) -> str | No
       library: such as "glibc 2.36"; since 2.35 it knows the tunable.
       modes: the kernel's huge pages; only with "[madvise]" does a process have to ask.
     """
-    name, _, version = library.partition(" ")
-    numbers = version.split(".")[:2]
-    if name != "glibc" or not all(number.isdigit() for number in numbers) or [*map(int, numbers)] < [2, 35]:
-        return None
-    if "[madvise]" not in modes or any(part.startswith(f"{TUNABLE}=") for part in tunables.split(":")):
+    if not heeds_asking(library, modes) or any(part.startswith(f"{TUNABLE}=") for part in tunables.split(":")):
         return None
     return ":".join([*filter(None, [tunables]), f"{TUNABLE}=1"])
+
+
+def heeds_asking(library: str, modes: str) -> bool:
+    """Whether a process has huge pages in its heap if it asks, and not otherwise."""
+    name, _, version = library.partition(" ")
+    numbers = version.split(".")[:2]
+    known = name == "glibc" and all(number.isdigit() for number in numbers) and [*map(int, numbers)] >= [2, 35]
+    return known and "[madvise]" in modes
 
 
 def c_library() -> str:

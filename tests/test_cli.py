@@ -369,6 +369,8 @@ def test_doctor_names_what_is_lacking(tmp_path, monkeypatch):
         ("", "glibc 2.36", "always [madvise] never", "note", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"),
         ("glibc.malloc.hugetlb=0", "glibc 2.36", "always [madvise] never", "note", "not in use"),
         ("glibc.malloc.hugetlb=1", "glibc 2.36", "always madvise [never]", "note", "not in use"),
+        ("glibc.malloc.hugetlb=1", "glibc 2.34", "always [madvise] never", "note", "not in use"),
+        ("glibc.malloc.hugetlb=1", "musl 1.2", "always [madvise] never", "note", "not in use"),
         ("", "", "", "note", "not offered"),
     ],
 )

@@ -138,3 +138,5 @@ print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_
     where, seconds = run(code, **own, **folder)[-1].rsplit(" ", 1)
     assert float(seconds) == (7.0 if own else build_parts.WORTH_KEEPING_S)
     assert where == ("elsewhere" if folder else str(compile_cache_folder()))
+    chosen = "import jax\njax.config.update('jax_persistent_cache_min_compile_time_secs', 5.0)\n"
+    assert float(run(chosen + code, **own, **folder)[-1].rsplit(" ", 1)[1]) == 5.0

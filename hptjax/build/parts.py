@@ -29,7 +29,7 @@ from hptjax.sharding.peers import phase, several
 
 TRAIN_KEY, EVALUATION_KEY = 0, 1  # what the run's random key is split by
 DIGEST_BYTES = 1 << 20
-WORTH_KEEPING_S = 0.1  # of a compilation
+WORTH_KEEPING_S, JAX_KEEPS_S = 0.1, 1.0  # of a compilation; by jax's own choice
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,12 +109,13 @@ def _questions_digest(questions: Sequence[Question]) -> str:
 def use_compile_cache() -> None:
     """Compiled programs are kept between processes, so that a second start is quick.
 
-    What the environment says of jax's compilation cache stands: its folder, and how long a compilation has to take.
+    What the environment or jax.config says of jax's cache stands: its folder, and how long a compilation has to take.
     """
+    least_s = "jax_persistent_cache_min_compile_time_secs"
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(compile_cache_folder()))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING_S)
+    if least_s.upper() not in os.environ and jax.config.values[least_s] == JAX_KEEPS_S:
+        jax.config.update(least_s, WORTH_KEEPING_S)
 
 
 def fingerprint(parts: Parts) -> dict[str, Any]:
